@@ -1,0 +1,214 @@
+"""Which tile a kernel works in: frozen records in tables, and pure functions that pick from them.
+
+Nothing is tuned at run time: a pick depends on sizes, dtype and GPU model alone, costs no benchmark on the first call
+and is the same tomorrow. No GPU has yet been asked whether the picks are the best ones: they follow from what compiles
+without spills and from filling the multiprocessors.
+
+Every tile that these functions can return is listed by `shipped`, and CI compiles all of them for all targets.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Tile:
+    """m x n outputs at a time, k of the sum per step; `warps` warps; `stages` of loads in flight."""
+
+    m: int
+    n: int
+    k: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a pick needs to know of a GPU. `architecture`: "sm_90", "gfx942" ... or "interpreter"."""
+
+    architecture: str
+    multiprocessors: int
+
+
+@functools.lru_cache
+def device(device: torch.device) -> Device:
+    """The Device a tensor lives on. Asked at a launch, never at import."""
+    if device.type == "cpu":
+        return Device("interpreter", 1)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The Triton dtype of an accumulator."""
+    return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype]
+
+
+# Matrix products, matmul and convolution alike, by (kind of arithmetic, size class).
+#   "16"   float16 and bfloat16 on tensor cores        "tf32"  float32 on tensor cores
+#   "ieee" strict float32, without tensor cores        "64"    float64
+_PRODUCT = {
+    ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
+    ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
+    ("16", "small"): Tile(64, 64, 64, warps=4, stages=3),
+    ("16", "skinny"): Tile(16, 64, 128, warps=4, stages=3),
+    ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=3),
+    ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
+    ("tf32", "small"): Tile(64, 64, 32, warps=4, stages=3),
+    ("tf32", "skinny"): Tile(16, 64, 64, warps=4, stages=3),
+    ("ieee", "large"): Tile(128, 128, 16, warps=8, stages=3),
+    ("ieee", "medium"): Tile(128, 64, 16, warps=8, stages=3),
+    ("ieee", "small"): Tile(64, 64, 16, warps=4, stages=3),
+    ("ieee", "skinny"): Tile(16, 64, 32, warps=4, stages=3),
+    ("64", "large"): Tile(64, 64, 16, warps=8, stages=2),
+    ("64", "medium"): Tile(64, 32, 16, warps=4, stages=2),
+    ("64", "small"): Tile(32, 32, 16, warps=4, stages=2),
+    ("64", "skinny"): Tile(16, 32, 16, warps=4, stages=2),
+}
+
+# The interpreter pays per program and per step, not per element: few, large tiles.
+_INTERPRETER = Tile(128, 128, 128)
+
+_POINTWISE = Tile(1, 1024, warps=4)
+_ACTIVATION_GRAD = (Tile(32, 128, warps=4), Tile(128, 32, warps=4))
+_SUM_PARTIALS = (Tile(4, 512, warps=4), Tile(32, 64, warps=4))
+
+# Softmax rows by the power of two that holds them; beyond the last, blocks.
+_SOFTMAX_ROWS = {
+    **{n: Tile(2048 // n, n, warps=4) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)},
+    512: Tile(2, 512, warps=4),
+    1024: Tile(1, 1024, warps=4),
+    2048: Tile(1, 2048, warps=4),
+    4096: Tile(1, 4096, warps=8),
+    8192: Tile(1, 8192, warps=8),
+    16384: Tile(1, 16384, warps=16),
+    32768: Tile(1, 32768, warps=32),
+}
+_SOFTMAX_ROWS_LIMIT = {torch.float32: 32768, torch.float64: 8192}
+_SOFTMAX_ROWS_GRAD_LIMIT = {torch.float32: 16384, torch.float64: 4096}
+_SOFTMAX_BLOCKS = {
+    "long rows": Tile(4096, 1, warps=8),
+    "few neighbours": Tile(128, 16, warps=4),
+    "short": Tile(32, 64, warps=4),
+    "tall": Tile(128, 64, warps=8),
+}
+
+forced: dict[str, Tile] = {}
+"""Tiles by kernel that override every pick: what `force` sets."""
+
+
+@contextlib.contextmanager
+def force(**tiles: Tile) -> Iterator[None]:
+    """Use these tiles (by kernel: product, pointwise, ...) instead of the picks. For tests and tuning."""
+    before = dict(forced)
+    forced.update(tiles)
+    try:
+        yield
+    finally:
+        forced.clear()
+        forced.update(before)
+
+
+def _arithmetic(dtype: torch.dtype, precision: str) -> str:
+    if dtype == torch.float64:
+        return "64"
+    return "16" if dtype.itemsize == 2 else precision
+
+
+def _product(m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device) -> Tile:
+    """The largest tile that still gives every multiprocessor something to do."""
+    kind = _arithmetic(dtype, precision)
+    if m <= 16 and n >= 64:
+        return _PRODUCT[kind, "skinny"]
+    for size in ("large", "medium"):
+        tile = _PRODUCT[kind, size]
+        # Rows that start at odd addresses make narrow loads, and those need the registers that a large tile takes.
+        aligned = k * dtype.itemsize % 16 == 0 or size == "medium"
+        if aligned and triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) >= device.multiprocessors:
+            return tile
+    return _PRODUCT[kind, "small"]
+
+
+def _splits(programs: int, steps: int, device: Device) -> int:
+    """Over how many programs to spread one sum: enough to fill the GPU, but at least four steps each."""
+    if programs >= device.multiprocessors:
+        return 1
+    return max(1, min(device.multiprocessors // max(programs, 1), steps // 4, 32))
+
+
+def matmul(m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device) -> tuple[Tile, int]:
+    """Tile and number of shares of K for (m, k) @ (k, n)."""
+    if "product" in forced:
+        tile = forced["product"]
+    elif device.architecture == "interpreter":
+        return _INTERPRETER, 1
+    else:
+        tile = _product(m, n, k, dtype, precision, device)
+    return tile, _splits(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), triton.cdiv(k, tile.k), device)
+
+
+def conv(pixels: int, channels: int, inner: int, taps: int, dtype: torch.dtype, precision: str, device: Device) -> Tile:
+    """Tile for a convolution seen as (pixels, inner * taps) @ (inner * taps, channels)."""
+    if "product" in forced:
+        return forced["product"]
+    if device.architecture == "interpreter":
+        return _INTERPRETER
+    return _product(pixels, channels, inner * taps, dtype, precision, device)
+
+
+def conv_weight_grad(
+    channels: int, columns: int, pixels: int, groups: int, dtype: torch.dtype, precision: str, device: Device
+) -> tuple[Tile, int]:
+    """Tile and number of shares of the pixels for a weight gradient seen as (channels, pixels) @ (pixels, columns)."""
+    if "product" in forced:
+        tile = forced["product"]
+    elif device.architecture == "interpreter":
+        return _INTERPRETER, 1
+    else:
+        tile = _PRODUCT[_arithmetic(dtype, precision), "small"]
+    programs = triton.cdiv(channels, tile.m) * triton.cdiv(columns, tile.n) * groups
+    return tile, _splits(programs, triton.cdiv(pixels, tile.k), device)
+
+
+def pointwise() -> Tile:
+    return forced.get("pointwise", _POINTWISE)
+
+
+def activation_grad(rows_are_contiguous: bool) -> Tile:
+    """(m, n) for a pass over a matrix: long along the dimension that is contiguous in memory."""
+    return forced.get("activation_grad", _ACTIVATION_GRAD[rows_are_contiguous])
+
+
+def sum_partials(partials: int) -> Tile:
+    """(m partials, n elements) at a time."""
+    return forced.get("sum_partials", _SUM_PARTIALS[partials > 32])
+
+
+def softmax_rows(d: int, accumulate: torch.dtype, gradient: bool = False) -> Tile | None:
+    """Rows of d elements held in registers, or None where they are too long for that."""
+    if "softmax_blocks" in forced:
+        return None
+    if "softmax_rows" in forced:
+        return forced["softmax_rows"]
+    size = triton.next_power_of_2(d)
+    limit = (_SOFTMAX_ROWS_GRAD_LIMIT if gradient else _SOFTMAX_ROWS_LIMIT)[accumulate]
+    return _SOFTMAX_ROWS[size] if size <= limit else None
+
+
+def softmax_blocks(d: int, inner: int, accumulate: torch.dtype) -> Tile:
+    """(m elements along the sum, n inner neighbours) at a time."""
+    if "softmax_blocks" in forced:
+        return forced["softmax_blocks"]
+    if inner == 1:
+        return _SOFTMAX_BLOCKS["long rows"]
+    if inner <= 16:
+        return _SOFTMAX_BLOCKS["few neighbours"]
+    return _SOFTMAX_BLOCKS["short" if d <= 32 else "tall"]

@@ -1,0 +1,415 @@
+"""Convolution over images as an implicit matrix product: no im2col, no layout conversion, no padded copy.
+
+    y[n, o, p, q]  = then(bias[o] + sum_{c, r, s} x[n, c, p*stride - padding + r*dilation, ...] w[o, c, r, s])
+    dx[n, c, h, v] = sum_{o, r, s} dz[n, o, (h + padding - r*dilation) / stride, ...] w[o, c, r, s]
+    dw[o, c, r, s] = sum_{n, p, q} dz[n, o, p, q] x[n, c, p*stride - padding + r*dilation, ...]
+
+Each is a product of a matrix of pixels with a matrix of taps whose elements are gathered through strides, so NCHW,
+channels_last and any slice of either are the same kernel. A 1x1 convolution whose pixels lie at one stride is handed to
+`matmul` itself.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch, _tiles, epilogues
+from .matmul import matmul
+from .reduce import sum_partials
+
+
+@triton.jit
+def _conv_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr,
+    PIXELS, C, H, W, O, OH, OW,
+    x_n, x_c, x_h, x_w, w_o, w_c, w_r, w_s, y_n, y_c, y_h, y_w, pad_h, pad_w,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr, THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ONE_TAP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of y of TILE_M output pixels by TILE_N channels of one group.
+
+    K runs over (r, s, c), c fastest. With ONE_TAP the channels of a group divide into TILE_K and every step of the loop
+    reads a single tap (r, s); otherwise a step may straddle taps, and each of its columns finds its own.
+    """
+    tiles_m = tl.cdiv(PIXELS, TILE_M)
+    tiles_n = tl.cdiv(O, TILE_N)
+    pid_n = tl.program_id(0) % tiles_n
+    pid_m = tl.program_id(0) // tiles_n % tiles_m
+    group = tl.program_id(0) // (tiles_n * tiles_m)
+    m = pid_m * TILE_M + tl.arange(0, TILE_M)
+    o = pid_n * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, TILE_K)
+    m_inside = m < PIXELS
+    o_inside = o < O
+    ow = m % OW
+    oh = m // OW % OH
+    n = m // (OW * OH)
+    h = oh * STRIDE_H - pad_h
+    w = ow * STRIDE_W - pad_w
+    first_o = group * O
+    first_c = group * C
+    if WIDE:
+        n, oh, ow, o = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64), o.to(tl.int64)
+        first_o, first_c, k = first_o.to(tl.int64), first_c.to(tl.int64), k.to(tl.int64)
+        x_pixel = n * x_n + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w + first_c * x_c
+    else:
+        x_pixel = n * x_n + h * x_h + w * x_w + first_c * x_c
+    w_row = (first_o + o) * w_o
+
+    accumulator = tl.zeros((TILE_M, TILE_N), ACC)
+    for start in range(0, R * S * C, TILE_K):
+        if ONE_TAP:
+            c = start % C + k
+            tap = start // C
+        else:
+            c = (start + k) % C
+            tap = (start + k) // C
+        r = tap // S
+        s = tap % S
+        if WIDE:
+            r, s = r.to(tl.int64), s.to(tl.int64)
+        x_tap = r * DILATION_H * x_h + s * DILATION_W * x_w + c * x_c
+        w_tap = r * w_r + s * w_s + c * w_c
+        if ONE_TAP:
+            hit = m_inside & (h + r * DILATION_H >= 0) & (h + r * DILATION_H < H)
+            hit = (hit & (w + s * DILATION_W >= 0) & (w + s * DILATION_W < W))[:, None]
+            w_inside = o_inside[None, :]
+        else:
+            hh = h[:, None] + (r * DILATION_H)[None, :]
+            ww = w[:, None] + (s * DILATION_W)[None, :]
+            k_inside = r < R
+            hit = m_inside[:, None] & k_inside[None, :] & (hh >= 0) & (hh < H) & (ww >= 0) & (ww < W)
+            w_inside = k_inside[:, None] & o_inside[None, :]
+        a = tl.load(x_ptr + (x_pixel[:, None] + x_tap[None, :]), mask=hit, other=0.0)
+        b = tl.load(w_ptr + (w_tap[:, None] + w_row[None, :]), mask=w_inside, other=0.0)
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+
+    if bias_ptr is not None:
+        accumulator += tl.load(bias_ptr + first_o + o, mask=o_inside, other=0.0).to(ACC)[None, :]
+    if THEN is not None:
+        accumulator = THEN(accumulator)
+    y_pixel = n * y_n + oh * y_h + ow * y_w
+    y_channel = (first_o + o) * y_c
+    tl.store(
+        y_ptr + (y_pixel[:, None] + y_channel[None, :]),
+        accumulator.to(y_ptr.dtype.element_ty),
+        mask=m_inside[:, None] & o_inside[None, :],
+    )
+
+
+@triton.jit
+def _first_tap(offset, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr):
+    """The first tap t with (offset - t*DILATION) divisible by STRIDE; TAPS if there is none."""
+    first = TAPS + offset * 0
+    for i in tl.static_range(TAPS):
+        t = TAPS - 1 - i
+        first = tl.where((offset - t * DILATION) % STRIDE == 0, t, first)
+    return first
+
+
+@triton.jit
+def _conv_input_grad_kernel(
+    dz_ptr, w_ptr, dx_ptr,
+    N, C, H, W, O, OH, OW,
+    dz_n, dz_c, dz_h, dz_w, w_o, w_c, w_r, w_s, dx_n, dx_c, dx_h, dx_w, pad_h, pad_w,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, ONE_TAP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of dx of TILE_M input pixels by TILE_N channels of one group.
+
+    Input pixels that are congruent modulo the stride meet the same taps, every STEP-th from a first one: they form a
+    class, and a program works within one class, so no product with an inserted zero is ever computed. A class without
+    taps writes zeros. K runs over (tap of the class, o), o fastest; ONE_TAP as in the forward kernel.
+    """
+    tiles_m = tl.cdiv(N * tl.cdiv(H, STRIDE_H) * tl.cdiv(W, STRIDE_W), TILE_M)
+    tiles_n = tl.cdiv(C, TILE_N)
+    pid_n = tl.program_id(0) % tiles_n
+    pid_m = tl.program_id(0) // tiles_n % tiles_m
+    rest = tl.program_id(0) // (tiles_n * tiles_m)
+    class_w = rest % STRIDE_W
+    class_h = rest // STRIDE_W % STRIDE_H
+    group = rest // (STRIDE_W * STRIDE_H)
+    # The pixels of this class, as an image of its own.
+    class_height = tl.cdiv(H - class_h, STRIDE_H)
+    class_width = tl.cdiv(W - class_w, STRIDE_W)
+    m = pid_m * TILE_M + tl.arange(0, TILE_M)
+    c = pid_n * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, TILE_K)
+    m_inside = m < N * class_height * class_width
+    c_inside = c < C
+    # An image narrower than the stride has classes without pixels: no division by zero on their way to the mask.
+    across = tl.maximum(class_width, 1)
+    down = tl.maximum(class_height, 1)
+    w = m % across
+    h = m // across % down
+    n = m // (across * down)
+    if STRIDE_H == 1:
+        first_r = 0
+    else:
+        first_r = _first_tap(class_h + pad_h, R, STRIDE_H, DILATION_H)
+    if STRIDE_W == 1:
+        first_s = 0
+    else:
+        first_s = _first_tap(class_w + pad_w, S, STRIDE_W, DILATION_W)
+    taps_h = tl.cdiv(R - first_r, STEP_H)
+    taps_w = tl.cdiv(S - first_s, STEP_W)
+    # The output pixel that meets the first tap; each further tap of the class lies STEP*DILATION/STRIDE before it.
+    oh = h + (class_h + pad_h - first_r * DILATION_H) // STRIDE_H
+    ow = w + (class_w + pad_w - first_s * DILATION_W) // STRIDE_W
+    BACK_H: tl.constexpr = STEP_H * DILATION_H // STRIDE_H
+    BACK_W: tl.constexpr = STEP_W * DILATION_W // STRIDE_W
+    first_o = group * O
+    first_c = group * C
+    if WIDE:
+        n, h, w, c = n.to(tl.int64), h.to(tl.int64), w.to(tl.int64), c.to(tl.int64)
+        first_o, first_c, k = first_o.to(tl.int64), first_c.to(tl.int64), k.to(tl.int64)
+        dz_pixel = n * dz_n + oh.to(tl.int64) * dz_h + ow.to(tl.int64) * dz_w
+    else:
+        dz_pixel = n * dz_n + oh * dz_h + ow * dz_w
+
+    accumulator = tl.zeros((TILE_M, TILE_N), ACC)
+    for start in range(0, taps_h * taps_w * O, TILE_K):
+        if ONE_TAP:
+            o = start % O + k
+            tap = start // O
+        else:
+            o = (start + k) % O
+            tap = (start + k) // O
+        i = tap // taps_w
+        j = tap % taps_w
+        if WIDE:
+            i, j = i.to(tl.int64), j.to(tl.int64)
+        dz_tap = (first_o + o) * dz_c - i * BACK_H * dz_h - j * BACK_W * dz_w
+        w_tap = (first_o + o) * w_o + (first_r + i * STEP_H) * w_r + (first_s + j * STEP_W) * w_s
+        if ONE_TAP:
+            hit = m_inside & (oh - i * BACK_H >= 0) & (oh - i * BACK_H < OH)
+            hit = (hit & (ow - j * BACK_W >= 0) & (ow - j * BACK_W < OW))[:, None]
+            w_inside = c_inside[None, :]
+        else:
+            p = oh[:, None] - (i * BACK_H)[None, :]
+            q = ow[:, None] - (j * BACK_W)[None, :]
+            k_inside = i < taps_h
+            hit = m_inside[:, None] & k_inside[None, :] & (p >= 0) & (p < OH) & (q >= 0) & (q < OW)
+            w_inside = k_inside[:, None] & c_inside[None, :]
+        a = tl.load(dz_ptr + (dz_pixel[:, None] + dz_tap[None, :]), mask=hit, other=0.0)
+        b = tl.load(w_ptr + (w_tap[:, None] + (c * w_c)[None, :]), mask=w_inside, other=0.0)
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+
+    dx_pixel = n * dx_n + (h * STRIDE_H + class_h) * dx_h + (w * STRIDE_W + class_w) * dx_w
+    dx_channel = (first_c + c) * dx_c
+    tl.store(
+        dx_ptr + (dx_pixel[:, None] + dx_channel[None, :]),
+        accumulator.to(dx_ptr.dtype.element_ty),
+        mask=m_inside[:, None] & c_inside[None, :],
+    )
+
+
+@triton.jit
+def _conv_weight_grad_kernel(
+    dz_ptr, x_ptr, dw_ptr,
+    PIXELS, C, H, W, O, OH, OW, pixels_per_split, dw_size,
+    dz_n, dz_c, dz_h, dz_w, x_n, x_c, x_h, x_w, dw_o, dw_c, dw_r, dw_s, pad_h, pad_w,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of dw of TILE_M output channels by TILE_N columns (r, s, c) of one group, over one share of
+    the output pixels. With SPLITS > 1, dw is a workspace of SPLITS tensors laid out like dw."""
+    columns = R * S * C
+    tiles_m = tl.cdiv(O, TILE_M)
+    tiles_n = tl.cdiv(columns, TILE_N)
+    pid_n = tl.program_id(0) % tiles_n
+    pid_m = tl.program_id(0) // tiles_n % tiles_m
+    rest = tl.program_id(0) // (tiles_n * tiles_m)
+    split = rest % SPLITS
+    group = rest // SPLITS
+    o = pid_m * TILE_M + tl.arange(0, TILE_M)
+    column = pid_n * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, TILE_K)
+    o_inside = o < O
+    column_inside = column < columns
+    c = column % C
+    r = column // C // S
+    s = column // C % S
+    up = r * DILATION_H - pad_h
+    left = s * DILATION_W - pad_w
+    first_o = group * O
+    first_c = group * C
+    if WIDE:
+        o, c, r, s = o.to(tl.int64), c.to(tl.int64), r.to(tl.int64), s.to(tl.int64)
+        first_o, first_c = first_o.to(tl.int64), first_c.to(tl.int64)
+        x_column = (first_c + c) * x_c + up.to(tl.int64) * x_h + left.to(tl.int64) * x_w
+    else:
+        x_column = (first_c + c) * x_c + up * x_h + left * x_w
+    dz_row = (first_o + o) * dz_c
+    begin = split * pixels_per_split
+    end = min(begin + pixels_per_split, PIXELS)
+
+    accumulator = tl.zeros((TILE_M, TILE_N), ACC)
+    for start in range(begin, end, TILE_K):
+        pixel = start + k
+        pixel_inside = pixel < end
+        ow = pixel % OW
+        oh = pixel // OW % OH
+        n = pixel // (OW * OH)
+        h = oh * STRIDE_H
+        w = ow * STRIDE_W
+        hh = h[:, None] + up[None, :]
+        ww = w[:, None] + left[None, :]
+        hit = pixel_inside[:, None] & column_inside[None, :] & (hh >= 0) & (hh < H) & (ww >= 0) & (ww < W)
+        if WIDE:
+            n, oh, ow, h, w = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+        dz_pixel = n * dz_n + oh * dz_h + ow * dz_w
+        x_pixel = n * x_n + h * x_h + w * x_w
+        dz_inside = o_inside[:, None] & pixel_inside[None, :]
+        a = tl.load(dz_ptr + (dz_row[:, None] + dz_pixel[None, :]), mask=dz_inside, other=0.0)
+        b = tl.load(x_ptr + (x_pixel[:, None] + x_column[None, :]), mask=hit, other=0.0)
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+
+    dw_ptr += split.to(tl.int64) * dw_size
+    offsets = ((first_o + o) * dw_o)[:, None] + (c * dw_c + r * dw_r + s * dw_s)[None, :]
+    tl.store(
+        dw_ptr + offsets, accumulator.to(dw_ptr.dtype.element_ty), mask=o_inside[:, None] & column_inside[None, :]
+    )
+
+
+def _as_matrix(x: torch.Tensor) -> torch.Tensor | None:
+    """An image batch (N, C, H, W) as the matrix (N*H*W, C) of its pixels, or None if they don't lie at one stride."""
+    n, c, h, w = x.shape
+    s_n, s_c, s_h, s_w = x.stride()
+    step = s_w if w > 1 else s_h if h > 1 else s_n
+    if (h > 1 and s_h != w * step) or (n > 1 and s_n != h * w * step):
+        return None
+    return x.as_strided((n * h * w, c), (step, s_c))
+
+
+def _is_pointwise(w: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int], groups: int) -> bool:
+    """A 1x1 convolution that takes every pixel as it is: a matrix product, if the pixels make a matrix."""
+    return w.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
+
+
+def conv2d(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    precision: str,
+    then: str | None = None,
+) -> torch.Tensor:
+    """y = then(conv(x, w) + bias), written into `y`.
+
+    Shape: x (N, C, H, W), w (O, C/groups, R, S), bias (O,), y (N, O, OH, OW), all with any strides. y's size says how
+    far the convolution goes below and to the right: `padding` is what lies above and to the left only.
+    Dtype: float16, bfloat16, float32 or float64, the same for all; precision ("ieee" or "tf32") concerns float32.
+    """
+    n, _, height, width = x.shape
+    o, c, r, s = w.shape
+    oh, ow = y.shape[2:]
+    if _is_pointwise(w, stride, padding, groups):
+        a, out = _as_matrix(x), _as_matrix(y)
+        if a is not None and out is not None:
+            matmul(a, w[:, :, 0, 0].T, bias=bias, then=then, out=out, precision=precision)
+            return y
+    pixels, o = n * oh * ow, o // groups
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    tile = _tiles.conv(pixels, o, c, r * s, x.dtype, precision, _tiles.device(x.device))
+    _launch.launch(
+        _conv_kernel, triton.cdiv(pixels, tile.m) * triton.cdiv(o, tile.n) * groups,
+        x, w, bias, y, pixels, c, height, width, o, oh, ow, *x.stride(), *w.stride(), *y.stride(), *padding,
+        R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
+        THEN=epilogues.forward(then), ACC=_tiles.triton_dtype(accumulate), PRECISION=precision,
+        WIDE=_launch.wide(x, w, y), ONE_TAP=c % tile.k == 0,
+        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def conv2d_input_grad(
+    dz: torch.Tensor,
+    w: torch.Tensor,
+    dx: torch.Tensor,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    precision: str,
+) -> torch.Tensor:
+    """The gradient with respect to x of `conv2d`, written into `dx`.
+
+    Shape: dz (N, O, OH, OW), w (O, C/groups, R, S), dx (N, C, H, W), all with any strides.
+    """
+    n, _, height, width = dx.shape
+    o, c, r, s = w.shape
+    oh, ow = dz.shape[2:]
+    if _is_pointwise(w, stride, padding, groups):
+        a, out = _as_matrix(dz), _as_matrix(dx)
+        if a is not None and out is not None:
+            matmul(a, w[:, :, 0, 0], out=out, precision=precision)
+            return dx
+    o = o // groups
+    classes = stride[0] * stride[1]
+    # The largest class: its tiles are what every class is given.
+    pixels = n * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
+    accumulate = torch.promote_types(dz.dtype, torch.float32)
+    tile = _tiles.conv(pixels, c, o, r * s, dz.dtype, precision, _tiles.device(dz.device))
+    _launch.launch(
+        _conv_input_grad_kernel, triton.cdiv(pixels, tile.m) * triton.cdiv(c, tile.n) * classes * groups,
+        dz, w, dx, n, c, height, width, o, oh, ow, *dz.stride(), *w.stride(), *dx.stride(), *padding,
+        R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
+        STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=_launch.wide(dz, w, dx), ONE_TAP=o % tile.k == 0,
+        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dx
+
+
+def conv2d_weight_grad(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    dw: torch.Tensor,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    precision: str,
+) -> torch.Tensor:
+    """The gradient with respect to w of `conv2d`, written into `dw`: a sum over all pixels, in a fixed order.
+
+    Shape: dz (N, O, OH, OW), x (N, C, H, W) with any strides; dw (O, C/groups, R, S), dense.
+    """
+    n, _, height, width = x.shape
+    o, c, r, s = dw.shape
+    oh, ow = dz.shape[2:]
+    if _is_pointwise(dw, stride, padding, groups):
+        a, b = _as_matrix(dz), _as_matrix(x)
+        if a is not None and b is not None:
+            matmul(a.T, b, out=dw.as_strided((o, c), dw.stride()[:2]), precision=precision)
+            return dw
+    o = o // groups
+    pixels, columns = n * oh * ow, r * s * c
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    tile, splits = _tiles.conv_weight_grad(o, columns, pixels, groups, x.dtype, precision, _tiles.device(x.device))
+    per_split = triton.cdiv(triton.cdiv(pixels, tile.k), splits) * tile.k
+    out = dw if splits == 1 else _launch.empty((splits, dw.numel()), dtype=accumulate, device=dw.device)
+    _launch.launch(
+        _conv_weight_grad_kernel, triton.cdiv(o, tile.m) * triton.cdiv(columns, tile.n) * splits * groups,
+        dz, x, out, pixels, c, height, width, o, oh, ow, per_split, dw.numel(),
+        *dz.stride(), *x.stride(), *dw.stride(), *padding,
+        R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=_launch.wide(dz, x, dw), SPLITS=splits,
+        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        sum_partials(out, dw.as_strided((dw.numel(),), (1,)))
+    return dw
