@@ -48,6 +48,14 @@ def wide(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def vectors(matrix: torch.Tensor) -> bool:
+    """Whether a matrix, or a batch of images with contiguous channels, can be loaded 128 bits at a time."""
+    if 1 not in matrix.stride() or matrix.data_ptr() % 16:
+        return False
+    itemsize = matrix.element_size()
+    return all(s == 1 or s * itemsize % 16 == 0 for s, n in zip(matrix.stride(), matrix.shape, strict=True) if n > 1)
+
+
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Run `programs` programs of `kernel` on the device of its first argument and on that device's current stream.
 

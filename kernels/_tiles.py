@@ -70,7 +70,7 @@ _PRODUCT = {
     ("ieee", "skinny"): Tile(16, 64, 32, warps=4, stages=3),
     ("64", "large"): Tile(64, 64, 16, warps=8, stages=2),
     ("64", "medium"): Tile(64, 32, 16, warps=4, stages=2),
-    ("64", "small"): Tile(32, 32, 16, warps=4, stages=2),
+    ("64", "small"): Tile(32, 32, 16, warps=4, stages=1),
     ("64", "skinny"): Tile(16, 32, 16, warps=4, stages=2),
 }
 
@@ -83,7 +83,8 @@ _SUM_PARTIALS = (Tile(4, 512, warps=4), Tile(32, 64, warps=4))
 
 # Softmax rows by the power of two that holds them; beyond the last, blocks.
 _SOFTMAX_ROWS = {
-    **{n: Tile(2048 // n, n, warps=4) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)},
+    **{n: Tile(512 // n, n, warps=4) for n in (1, 2, 4, 8)},  # unaligned: narrow loads, many registers
+    **{n: Tile(2048 // n, n, warps=4) for n in (16, 32, 64, 128, 256)},
     512: Tile(2, 512, warps=4),
     1024: Tile(1, 1024, warps=4),
     2048: Tile(1, 2048, warps=4),
@@ -123,16 +124,18 @@ def _arithmetic(dtype: torch.dtype, precision: str) -> str:
     return "16" if dtype.itemsize == 2 else precision
 
 
-def _product(m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device) -> Tile:
-    """The largest tile that still gives every multiprocessor something to do."""
+def _product(
+    m: int, n: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool
+) -> Tile:
+    """The largest tile that compiles without spills and still gives every multiprocessor something to do."""
     kind = _arithmetic(dtype, precision)
     if m <= 16 and n >= 64:
         return _PRODUCT[kind, "skinny"]
-    for size in ("large", "medium"):
+    # Element by element, loads need the registers that a large tile takes; so does an epilogue that reads a tile.
+    sizes = ("large", "medium") if vectors and light else ("medium",) if vectors else ()
+    for size in sizes:
         tile = _PRODUCT[kind, size]
-        # Rows that start at odd addresses make narrow loads, and those need the registers that a large tile takes.
-        aligned = k * dtype.itemsize % 16 == 0 or size == "medium"
-        if aligned and triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) >= device.multiprocessors:
+        if triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) >= device.multiprocessors:
             return tile
     return _PRODUCT[kind, "small"]
 
@@ -144,24 +147,33 @@ def _splits(programs: int, steps: int, device: Device) -> int:
     return max(1, min(device.multiprocessors // max(programs, 1), steps // 4, 32))
 
 
-def matmul(m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device) -> tuple[Tile, int]:
-    """Tile and number of shares of K for (m, k) @ (k, n)."""
+def matmul(
+    m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool
+) -> tuple[Tile, int]:
+    """Tile and number of shares of K for (m, k) @ (k, n).
+
+    Args:
+        vectors: both operands can be loaded 128 bits at a time.
+        light: the epilogue reads no tile from memory and sums no columns; otherwise K is not shared out.
+    """
     if "product" in forced:
         tile = forced["product"]
     elif device.architecture == "interpreter":
         return _INTERPRETER, 1
     else:
-        tile = _product(m, n, k, dtype, precision, device)
+        tile = _product(m, n, dtype, precision, device, vectors=vectors, light=light)
+    if not light:
+        return tile, 1
     return tile, _splits(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), triton.cdiv(k, tile.k), device)
 
 
-def conv(pixels: int, channels: int, inner: int, taps: int, dtype: torch.dtype, precision: str, device: Device) -> Tile:
-    """Tile for a convolution seen as (pixels, inner * taps) @ (inner * taps, channels)."""
+def conv(pixels: int, channels: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool) -> Tile:
+    """Tile for a convolution seen as (pixels, channels and taps) @ (channels and taps, channels)."""
     if "product" in forced:
         return forced["product"]
     if device.architecture == "interpreter":
         return _INTERPRETER
-    return _product(pixels, channels, inner * taps, dtype, precision, device)
+    return _product(pixels, channels, dtype, precision, device, vectors=vectors, light=False)
 
 
 def conv_weight_grad(

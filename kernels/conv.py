@@ -62,7 +62,7 @@ def _conv_kernel(
     accumulator = tl.zeros((TILE_M, TILE_N), ACC)
     for start in range(0, R * S * C, TILE_K):
         if ONE_TAP:
-            c = start % C + k
+            c = tl.multiple_of(start % C, TILE_K) + k
             tap = start // C
         else:
             c = (start + k) % C
@@ -174,7 +174,7 @@ def _conv_input_grad_kernel(
     accumulator = tl.zeros((TILE_M, TILE_N), ACC)
     for start in range(0, taps_h * taps_w * O, TILE_K):
         if ONE_TAP:
-            o = start % O + k
+            o = tl.multiple_of(start % O, TILE_K) + k
             tap = start // O
         else:
             o = (start + k) % O
@@ -292,6 +292,20 @@ def _is_pointwise(w: torch.Tensor, stride: tuple[int, int], padding: tuple[int, 
     return w.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
 
 
+def _with_layout_of(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The weight with contiguous channels if x has them: else every load of w fetches a single element.
+
+    A copy of the weight, which is small beside x, instead of a main loop without vector loads and async copies.
+    """
+    if x.stride(1) == 1 and w.stride(1) != 1 and w.shape[1] > 1:
+        return _launch.empty(w.shape, dtype=w.dtype, device=w.device, memory_format=torch.channels_last).copy_(w)
+    return w
+
+
+def _channels_are_vectors(*images: torch.Tensor) -> bool:
+    return all(image.stride(1) == 1 and _launch.vectors(image) for image in images)
+
+
 def conv2d(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -321,7 +335,10 @@ def conv2d(
             return y
     pixels, o = n * oh * ow, o // groups
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    tile = _tiles.conv(pixels, o, c, r * s, x.dtype, precision, _tiles.device(x.device))
+    w = _with_layout_of(x, w)
+    device = _tiles.device(x.device)
+    vectors = _channels_are_vectors(x, w)
+    tile = _tiles.conv(pixels, o, x.dtype, precision, device, vectors=vectors and c % 64 == 0)
     _launch.launch(
         _conv_kernel, triton.cdiv(pixels, tile.m) * triton.cdiv(o, tile.n) * groups,
         x, w, bias, y, pixels, c, height, width, o, oh, ow, *x.stride(), *w.stride(), *y.stride(), *padding,
@@ -361,7 +378,10 @@ def conv2d_input_grad(
     # The largest class: its tiles are what every class is given.
     pixels = n * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
     accumulate = torch.promote_types(dz.dtype, torch.float32)
-    tile = _tiles.conv(pixels, c, o, r * s, dz.dtype, precision, _tiles.device(dz.device))
+    w = _with_layout_of(dz, w)
+    device = _tiles.device(dz.device)
+    vectors = _channels_are_vectors(dz, w)
+    tile = _tiles.conv(pixels, c, dz.dtype, precision, device, vectors=vectors and o % 64 == 0)
     _launch.launch(
         _conv_input_grad_kernel, triton.cdiv(pixels, tile.m) * triton.cdiv(c, tile.n) * classes * groups,
         dz, w, dx, n, c, height, width, o, oh, ow, *dz.stride(), *w.stride(), *dx.stride(), *padding,

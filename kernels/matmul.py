@@ -104,9 +104,10 @@ def matmul(
     accumulate = torch.promote_types(a.dtype, torch.float32)
     if out is None:
         out = _launch.empty((m, n), dtype=a.dtype, device=a.device)
-    tile, splits = _tiles.matmul(m, n, k, a.dtype, precision, _tiles.device(a.device))
-    if undo is not None or column_sums is not None:
-        splits = 1  # the epilogue needs the whole sum
+    tile, splits = _tiles.matmul(
+        m, n, k, a.dtype, precision, _tiles.device(a.device),
+        vectors=_launch.vectors(a) and _launch.vectors(b), light=undo is None and column_sums is None,
+    )  # fmt: skip
     tiles_m, tiles_n = triton.cdiv(m, tile.m), triton.cdiv(n, tile.n)
     k_per_split = triton.cdiv(triton.cdiv(k, tile.k), splits) * tile.k
     saved = None if undo is None else undo[1]

@@ -1,0 +1,1 @@
+"""What the kernels cost: compiled offline and read (`python -m bench.audit`), without a GPU."""

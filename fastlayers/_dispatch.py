@@ -1,0 +1,329 @@
+"""Which path a call takes, kernel or torch, and why.
+
+A door is a function with torch's signature, decorated with `accelerated`. It asks its `why_not` for a reason against the
+kernels; without one it runs its body, otherwise its *torch twin*, which is torch's own function and raises torch's own
+errors. `why_not(...) -> str | None` is the one word for capability everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Path = Literal["auto", "triton", "torch"]
+
+MISSING: str | None = None
+"""Why the kernels can't be imported on this machine, if they can't."""
+try:
+    from .kernels import _launch
+except ImportError as _error:
+    MISSING = "triton is not installed" if (_error.name or "").split(".")[0] == "triton" else f"no kernels: {_error}"
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class NotAccelerated(RuntimeError):
+    """Under policy("triton"): a call that the kernels can't take. The message says why."""
+
+
+class BadInput(str):
+    """A reason that torch's own function would put as an error: it is called to raise it, under any policy."""
+
+
+# --- policy ------------------------------------------------------------------------------------------------------------
+
+_policy: Path = "auto"
+
+
+class policy(contextlib.ContextDecorator):
+    """Choose the path for every call from now on, or within a `with` block or a decorated function.
+
+    - "auto" (the default): the kernels wherever they can take the call, torch otherwise.
+    - "triton": the kernels, or `NotAccelerated` with the reason.
+    - "torch": torch's own functions.
+
+    The choice is the process's, like torch.backends' switches: threads share it.
+
+    Raises:
+        ValueError: for any other word.
+    """
+
+    def __init__(self, path: Path):
+        global _policy
+        if path not in ("auto", "triton", "torch"):
+            raise ValueError(f'policy must be "auto", "triton" or "torch", not {path!r}')
+        self._path: Path = path
+        self._before: list[Path] = [_policy]
+        _policy = path
+
+    def _recreate_cm(self) -> policy:  # a decorated function enters anew at every call
+        return self
+
+    def __enter__(self) -> None:
+        global _policy
+        if len(self._before) > 1 or _policy != self._path:
+            self._before.append(_policy)
+        _policy = self._path
+
+    def __exit__(self, *_: object) -> None:
+        global _policy
+        _policy = self._before.pop() if len(self._before) > 1 else self._before[0]
+
+
+# --- capability --------------------------------------------------------------------------------------------------------
+
+
+def why_not(*tensors: Any) -> str | None:
+    """What speaks against the kernels whatever the operation, given its tensors; None if nothing does.
+
+    Nothing of an argument is looked at before it is known to be a plain tensor, so that torch alone judges anything else.
+    """
+    if _policy == "torch":
+        return 'policy is "torch"'
+    if MISSING is not None:
+        return MISSING
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+            if isinstance(tensor, torch.Tensor):
+                return f"{type(tensor).__name__} is a tensor subclass"
+            return BadInput(f"{type(tensor).__name__} is not a tensor")
+    reason = _observed()
+    if reason is not None:
+        return reason
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            return f"layout is {tensor.layout}"
+        if tensor.is_neg():
+            return "a lazily negated view"
+        if tensor.device != first.device:
+            return BadInput(f"tensors on {first.device} and {tensor.device}")
+        if tensor.dtype != first.dtype:
+            return BadInput(f"tensors of {first.dtype} and {tensor.dtype}")
+    if first.dtype not in DTYPES:
+        return f"dtype {first.dtype}"
+    return _why_not_device(first.device, first.dtype)
+
+
+def _observed() -> str | None:
+    """Who watches or transforms this call in a way that a kernel would escape."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces torch's own function"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces torch's own function"
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode is active"
+    if torch._C._is_torch_function_mode_enabled():
+        modes = torch.overrides._get_current_function_mode_stack()
+        if not all(isinstance(mode, DeviceContext) for mode in modes):  # torch.set_default_device is one
+            return "a TorchFunctionMode is active"
+    return None
+
+
+def _why_not_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda":
+        return _why_not_gpu(device)
+    if device.type == "cpu" and _launch.INTERPRETED:
+        if dtype == torch.bfloat16 and not _launch.bfloat16_is_exact:
+            return "Triton's interpreter computes bfloat16 wrongly"
+        return None
+    return f"tensors on {device.type}: the kernels run on GPUs"
+
+
+@functools.lru_cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)}: Triton supports compute capability 8.0 and later"
+    return None
+
+
+def backward_through_torch(*gradients: torch.Tensor | None) -> bool:
+    """Whether a backward has to be made of torch's functions.
+
+    With create_graph, grad mode is on inside a backward, and what it computes must be differentiable. Batched gradients
+    (is_grads_batched, vmap) and watching modes can't look into a kernel.
+    """
+    return (
+        torch.is_grad_enabled()
+        or _observed() is not None
+        or any(
+            type(g) is not torch.Tensor
+            or g.layout is not torch.strided
+            or g.is_neg()
+            or torch._C._functorch.is_legacy_batchedtensor(g)
+            for g in gradients
+            if g is not None
+        )
+    )
+
+
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call on these must be recorded by autograd. If not, an autograd.Function would only cost time."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# --- the door ----------------------------------------------------------------------------------------------------------
+
+
+def accelerated(*, twin: Callable[P, R], why_not: Callable[P, str | None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a door of a function that calls kernels.
+
+    Args:
+        twin: torch's function with the same meaning and the same arguments.
+        why_not: given the same arguments, the reason against the kernels, or None.
+    """
+
+    def decorate(body: Callable[P, R]) -> Callable[P, R]:
+        name = body.__name__
+
+        @functools.wraps(body)
+        def door(*args: P.args, **kwargs: P.kwargs) -> R:
+            reason = why_not(*args, **kwargs)
+            if reason is None:
+                if _recorder is None:
+                    return body(*args, **kwargs)
+                with _recorder.kernels(name):
+                    return body(*args, **kwargs)
+            if _recorder is not None:
+                _recorder.note(Decision(_recorder.module, name, "torch", reason))
+            if _policy == "triton" and not isinstance(reason, BadInput):
+                raise NotAccelerated(f"{name}: {reason}")
+            result = twin(*args, **kwargs)
+            if _policy == "triton":
+                raise NotAccelerated(f"{name}: {reason}")
+            return result
+
+        return door
+
+    return decorate
+
+
+# --- explain -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One call's path: `reason` says why torch took it, `kernels` what was launched otherwise.
+
+    `module` is the path of the module within the model ("" for a bare function); fused neighbours are joined by " + ".
+    """
+
+    module: str
+    op: str
+    path: Literal["triton", "torch"]
+    reason: str | None = None
+    kernels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` saw: the decisions in the order of the calls. Prints as a table."""
+
+    decisions: tuple[Decision, ...]
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    def __str__(self) -> str:
+        rows = [("layer", "operation", "path", "kernels, or why not")]
+        rows += [(d.module or "-", d.op, d.path, d.reason or ", ".join(d.kernels) or "nothing to do") for d in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3] for row in rows
+        )
+
+
+@dataclass
+class _Recorder:
+    names: dict[int, str]
+    decisions: list[Decision] = field(default_factory=list)
+    stack: list[str] = field(default_factory=list)
+
+    @property
+    def module(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+    def note(self, decision: Decision) -> None:
+        self.decisions.append(decision)
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        self.stack.append(name)
+        try:
+            yield
+        finally:
+            self.stack.pop()
+
+    @contextlib.contextmanager
+    def kernels(self, op: str) -> Iterator[None]:
+        _launch.trace = launched = []
+        try:
+            yield
+        finally:
+            _launch.trace = None
+        self.note(Decision(self.module, op, "triton", None, tuple(launched)))
+
+
+_recorder: _Recorder | None = None
+
+
+def fused(*modules: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Tell `explain`, if it listens, that the next call stands for all of these modules."""
+    if _recorder is None:
+        return contextlib.nullcontext()
+    return _recorder.inside(" + ".join(_recorder.names.get(id(m), type(m).__name__) for m in modules))
+
+
+def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Run `target(*args, **kwargs)` once and tell which path every layer took, and why.
+
+    Shape, Dtype: whatever `target` takes.
+    Args:
+        target: a module, or any function that calls layers or `fastlayers.functional`.
+    Raises:
+        RuntimeError: when called within itself, and whatever `target` raises.
+
+    Not for several threads at once: it listens to the whole process while it runs.
+    """
+    global _recorder
+    if _recorder is not None:
+        raise RuntimeError("explain can't be called within explain")
+    module = target if isinstance(target, torch.nn.Module) else None
+    named = module.named_modules(remove_duplicate=True) if module is not None else ()
+    recorder = _Recorder({id(m): name or type(m).__name__ for name, m in named})
+    call = torch.nn.Module.__call__
+
+    # Not a hook: a layer with hooks isn't fused, and explaining must not change what is explained.
+    def recording_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = len(recorder.decisions)
+        with recorder.inside(recorder.names.get(id(self), type(self).__name__)):
+            result = call(self, *args, **kwargs)
+            if len(recorder.decisions) == before and not any(True for _ in self.children()):
+                name = type(self).__name__
+                recorder.note(Decision(recorder.module, name, "torch", f"{name} is torch.nn's own layer"))
+        return result
+
+    _recorder = recorder
+    torch.nn.Module.__call__ = recording_call  # type: ignore[method-assign]
+    try:
+        target(*args, **kwargs)
+    finally:
+        torch.nn.Module.__call__ = call  # type: ignore[method-assign]
+        _recorder = None
+    return Explanation(tuple(recorder.decisions))

@@ -1,0 +1,44 @@
+"""Precision and promotion, read from torch's own switches and from torch itself, at every call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+_CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def matmul_precision() -> str:
+    """ "tf32" if torch allows it for matrix products on CUDA, else "ieee" (torch's default)."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def conv_precision() -> str:
+    """ "tf32" if torch allows it for convolutions in cuDNN (torch's default), else "ieee"."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def autocast_dtype(probe: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast, as it is now, has torch compute `probe` for a tensor of this dtype and device."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return _probed(probe, tensor.device, torch.get_autocast_dtype(kind), tensor.dtype)
+
+
+@functools.lru_cache
+def _probed(
+    probe: Callable[[torch.Tensor], torch.Tensor], device: torch.device, autocast: torch.dtype, dtype: torch.dtype
+) -> torch.dtype:
+    # The rule differs between devices and versions of torch, so torch is asked, once for each combination.
+    with torch.no_grad(), torch.autocast(device.type, dtype=autocast, cache_enabled=False):
+        return probe(torch.zeros((1, 1), device=device, dtype=dtype)).dtype
+
+
+def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The tensor in autocast's dtype, differentiably. float64 stays as it is, as under torch's autocast."""
+    if tensor is None or tensor.dtype == dtype or tensor.dtype not in _CASTABLE:
+        return tensor
+    return tensor.to(dtype)

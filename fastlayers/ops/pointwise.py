@@ -1,0 +1,97 @@
+"""y = f(x), one element at a time; dx = f'(x) dy, computed from what the record says is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .. import _dispatch, _dtypes
+from .._dispatch import BadInput, accelerated
+
+if TYPE_CHECKING or _dispatch.MISSING is None:
+    from ..kernels.pointwise import pointwise, pointwise_grad
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """An activation as data: it drives the kernel of its own, every producer's epilogue, the torch twin and the tests.
+
+    Args:
+        name: of its pair of tile functions in kernels/epilogues.py, `name(x)` and `name_grad(dy, saved)`.
+        torch: y from x.
+        torch_grad: dx from (dy, saved), in differentiable functions of torch.
+        saves: what the derivative needs. Only one that needs no more than its output can join a producer's kernel.
+    """
+
+    name: str
+    torch: Callable[[torch.Tensor], torch.Tensor]
+    torch_grad: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    saves: Literal["input", "output"]
+
+
+RELU = Pointwise("relu", torch.relu, lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0), saves="output")
+
+
+class _Pointwise(torch.autograd.Function):
+    """x (*) -> y (*) = f(x); dx = f_grad(dy, x or y)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, record: Pointwise, inplace: bool) -> torch.Tensor:
+        ctx.record = record
+        if inplace:
+            ctx.mark_dirty(x)
+        y = pointwise(x, record.name, inplace=inplace)
+        ctx.save_for_backward(y if record.saves == "output" else x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        if _dispatch.backward_through_torch(dy):
+            return ctx.record.torch_grad(dy, saved), None, None
+        return pointwise_grad(dy, saved, ctx.record.name), None, None
+
+
+def apply(input: torch.Tensor, record: Pointwise, inplace: bool = False) -> torch.Tensor:
+    """The body of every activation's door."""
+    if _dispatch.wants_grad(input):
+        return _Pointwise.apply(input, record, inplace)  # type: ignore[return-value]
+    version = 0 if input.is_inference() else input._version
+    y = pointwise(input, record.name, inplace=inplace)
+    if inplace and not input.is_inference() and input._version == version:
+        torch.autograd.graph.increment_version(input)  # kernels write behind autograd's back
+    return y
+
+
+def why_not(input: torch.Tensor, inplace: bool = False) -> str | None:
+    """What speaks against the kernel for an activation."""
+    reason = _dispatch.why_not(input)
+    if reason is not None or not inplace:
+        return reason
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        return BadInput("writing into an inference tensor")
+    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+        return BadInput("writing into a tensor whose elements share memory")
+    if _dispatch.wants_grad(input):
+        if input.is_leaf:
+            return BadInput("writing into a leaf that requires grad")
+        if input._is_view():
+            return "writing into a view that requires grad"
+    return None
+
+
+@accelerated(twin=torch.nn.functional.relu, why_not=why_not)
+def relu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """max(input, 0), NaN staying NaN. As torch.nn.functional.relu.
+
+    Shape: any; the result has the strides that torch gives it.
+    Dtype: float16, bfloat16, float32, float64; others by torch.
+    Runs on Triton when: the tensor is a plain one on a GPU (or Triton interprets), and, with `inplace`, is not a view
+        that requires grad.
+    Raises: what torch raises.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.relu.html
+    """
+    return apply(input, RELU, inplace)

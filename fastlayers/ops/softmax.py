@@ -1,0 +1,82 @@
+"""y = exp(x - max x) / sum exp(x - max x) along one dimension; dx = y (dy - sum dy y)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import _dispatch, _dtypes
+from .._dispatch import DTYPES, BadInput, accelerated
+
+if TYPE_CHECKING or _dispatch.MISSING is None:
+    from ..kernels import softmax as kernels
+
+
+class _Softmax(torch.autograd.Function):
+    """x (*, D, *) -> y (*, D, *) in `dtype`; dx = y (dy - sum dy y) in x's dtype. Saves y alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.dim, ctx.dtype = dim, x.dtype
+        y = kernels.softmax(x, dim, dtype)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        if _dispatch.backward_through_torch(dy):
+            with torch.autocast(y.device.type, enabled=False):
+                return (y * (dy - (dy * y).sum(ctx.dim, keepdim=True))).to(ctx.dtype), None, None
+        return kernels.softmax_grad(dy, y, ctx.dim, ctx.dtype), None, None
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x, -1)
+
+
+def _twin(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor:
+    return F.softmax(input, dim, dtype=dtype)
+
+
+def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | None:
+    reason = _dispatch.why_not(input)
+    if reason is not None:
+        return reason
+    if type(dim) is not int or not -input.dim() <= dim < max(input.dim(), 1):
+        return BadInput(f"dim {dim!r} of a tensor with {input.dim()}")
+    if input.dim() == 0:
+        return "a tensor without dimensions"
+    if dtype is not None and dtype not in DTYPES:
+        return BadInput(f"dtype {dtype}")
+    if dtype is not None and _dispatch._why_not_device(input.device, dtype):
+        return _dispatch._why_not_device(input.device, dtype)
+    return None
+
+
+@accelerated(twin=_twin, why_not=_why_not)
+def _softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor:
+    dtype = dtype or _dtypes.autocast_dtype(_probe, input)
+    dim %= input.dim()
+    if _dispatch.wants_grad(input):
+        return _Softmax.apply(input, dim, dtype)  # type: ignore[return-value]
+    return kernels.softmax(input, dim, dtype)
+
+
+def softmax(
+    input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """exp(x - max x) / sum exp(x - max x) along `dim`. As torch.nn.functional.softmax.
+
+    Shape: any with at least one dimension, of any length; the result is contiguous.
+    Dtype: float16, bfloat16, float32, float64, converted to `dtype` on the way if that is given; computed in float32.
+    Runs on Triton when: the tensor is a plain one on a GPU (or Triton interprets).
+    Raises: what torch raises. Without `dim`, warns as torch does and takes torch's choice.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.softmax.html; the single pass for maximum
+        and sum over long rows: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
+    """
+    if dim is None:
+        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
+    return _softmax(input, dim, dtype)
