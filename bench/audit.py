@@ -78,9 +78,9 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _product_cases() -> Iterator[Case]:
+def _product_cases(target: str) -> Iterator[Case]:
     kinds = {"16": (torch.float16, torch.bfloat16), "tf32": (torch.float32,), "ieee": (torch.float32,), "64": (torch.float64,)}
-    for (kind, size), tile in _tiles._PRODUCT.items():
+    for (kind, size), tile in _tiles.products(target).items():
         precision = kind if kind == "tf32" else "ieee"
         for dtype in kinds[kind]:
             name = f"{kind}/{size} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}"
@@ -170,8 +170,9 @@ def _softmax_case(label: str, design: str, x: torch.Tensor, dim: int, gradient: 
     return Case(f"softmax {label}", f"_softmax_{design}_kernel", x.dtype, lambda: softmax.softmax(x, dim, x.dtype), {})
 
 
-def cases() -> list[Case]:
-    return [*_product_cases(), *_memory_cases()]
+def cases(target: str) -> list[Case]:
+    """Every kernel at every tile that can be picked on `target`."""
+    return [*_product_cases(target), *_memory_cases()]
 
 
 @contextlib.contextmanager
@@ -234,7 +235,7 @@ def _read(target: str, compiled: Any) -> dict[str, int]:
 
 def audit(index: int, target: str) -> dict[str, Any]:
     """Compile case number `index` for `target`. A row of the report; "error" says what is wrong, if anything is."""
-    case = cases()[index]
+    case = cases(target)[index]
     row: dict[str, Any] = {"kernel": case.label, "target": target}
     compiled: list[Any] = []
     begin = time.perf_counter()
@@ -262,7 +263,7 @@ def main() -> int:
     options = parser.parse_args()
     if _launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter's kernels can't be compiled")
-    work = [(i, arch) for i, case in enumerate(cases()) if re.search(options.match, case.label) for arch in options.arch]
+    work = [(i, arch) for arch in options.arch for i, case in enumerate(cases(arch)) if re.search(options.match, case.label)]
     rows = []
     print(f"{'kernel':64} {'target':7} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>6} {'async':>5} {'128/loads':>9} {'s':>5}")
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:

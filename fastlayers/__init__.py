@@ -1,0 +1,28 @@
+"""torch.nn's layers on Triton kernels, forward and backward: the same classes to a program, only faster on a GPU.
+
+    from fastlayers import nn                # instead of torch.nn: ours where we have it, torch's otherwise
+    import fastlayers.functional as F        # instead of torch.nn.functional
+    fastlayers.explain(model, x)             # which path did every layer take, and why?
+    fastlayers.policy("torch")               # "auto" | "triton" | "torch"
+"""
+
+from . import functional, nn
+from ._dispatch import Decision, Explanation, NotAccelerated, explain, policy
+from .modules import Conv2d, Linear, ReLU, Sequential, Softmax
+
+from ._version import __version__
+
+__all__ = [
+    "Conv2d",
+    "Decision",
+    "Explanation",
+    "Linear",
+    "NotAccelerated",
+    "ReLU",
+    "Sequential",
+    "Softmax",
+    "explain",
+    "functional",
+    "nn",
+    "policy",
+]

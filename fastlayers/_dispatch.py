@@ -17,6 +17,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+from . import _dtypes
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Path = Literal["auto", "triton", "torch"]
@@ -44,8 +46,8 @@ class BadInput(str):
 _policy: Path = "auto"
 
 
-class policy(contextlib.ContextDecorator):
-    """Choose the path for every call from now on, or within a `with` block or a decorated function.
+class policy:
+    """Choose the path for every call from now on, or, as a context manager, until the end of the block.
 
     - "auto" (the default): the kernels wherever they can take the call, torch otherwise.
     - "triton": the kernels, or `NotAccelerated` with the reason.
@@ -61,29 +63,24 @@ class policy(contextlib.ContextDecorator):
         global _policy
         if path not in ("auto", "triton", "torch"):
             raise ValueError(f'policy must be "auto", "triton" or "torch", not {path!r}')
-        self._path: Path = path
-        self._before: list[Path] = [_policy]
+        self._before: Path = _policy
         _policy = path
 
-    def _recreate_cm(self) -> policy:  # a decorated function enters anew at every call
-        return self
-
     def __enter__(self) -> None:
-        global _policy
-        if len(self._before) > 1 or _policy != self._path:
-            self._before.append(_policy)
-        _policy = self._path
+        pass
 
     def __exit__(self, *_: object) -> None:
         global _policy
-        _policy = self._before.pop() if len(self._before) > 1 else self._before[0]
+        _policy = self._before
 
 
 # --- capability --------------------------------------------------------------------------------------------------------
 
 
-def why_not(*tensors: Any) -> str | None:
+def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
     """What speaks against the kernels whatever the operation, given its tensors; None if nothing does.
+
+    With `autocast`, a function that has torch compute the operation on a tensor, dtypes count as autocast leaves them.
 
     Nothing of an argument is looked at before it is known to be a plain tensor, so that torch alone judges anything else.
     """
@@ -100,6 +97,7 @@ def why_not(*tensors: Any) -> str | None:
     if reason is not None:
         return reason
     first = tensors[0]
+    dtype = _dtypes.after_autocast(autocast, first)
     for tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             return f"layout is {tensor.layout}"
@@ -107,11 +105,11 @@ def why_not(*tensors: Any) -> str | None:
             return "a lazily negated view"
         if tensor.device != first.device:
             return BadInput(f"tensors on {first.device} and {tensor.device}")
-        if tensor.dtype != first.dtype:
+        if _dtypes.after_autocast(autocast, tensor) != dtype:
             return BadInput(f"tensors of {first.dtype} and {tensor.dtype}")
-    if first.dtype not in DTYPES:
-        return f"dtype {first.dtype}"
-    return _why_not_device(first.device, first.dtype)
+    if dtype not in DTYPES:
+        return f"dtype {dtype}"
+    return why_not_device(first.device, dtype)
 
 
 def _observed() -> str | None:
@@ -133,7 +131,7 @@ def _observed() -> str | None:
     return None
 
 
-def _why_not_device(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_device(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
         return _why_not_gpu(device)
     if device.type == "cpu" and _launch.INTERPRETED:
@@ -187,7 +185,7 @@ def accelerated(*, twin: Callable[P, R], why_not: Callable[P, str | None]) -> Ca
     """
 
     def decorate(body: Callable[P, R]) -> Callable[P, R]:
-        name = body.__name__
+        name = body.__name__.strip("_")
 
         @functools.wraps(body)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+Probe = Callable[[torch.Tensor], torch.Tensor]
+"""Has torch compute an operation on a (1, 1) tensor: the dtype of the result tells what autocast does to it."""
+
 _CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -20,25 +23,21 @@ def conv_precision() -> str:
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-def autocast_dtype(probe: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.dtype:
+def after_autocast(probe: Probe | None, tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which autocast, as it is now, has torch compute `probe` for a tensor of this dtype and device."""
     kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind):
+    if probe is None or tensor.dtype not in _CASTABLE or not torch.is_autocast_enabled(kind):
         return tensor.dtype
     return _probed(probe, tensor.device, torch.get_autocast_dtype(kind), tensor.dtype)
 
 
 @functools.lru_cache
-def _probed(
-    probe: Callable[[torch.Tensor], torch.Tensor], device: torch.device, autocast: torch.dtype, dtype: torch.dtype
-) -> torch.dtype:
+def _probed(probe: Probe, device: torch.device, autocast: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     # The rule differs between devices and versions of torch, so torch is asked, once for each combination.
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, cache_enabled=False):
         return probe(torch.zeros((1, 1), device=device, dtype=dtype)).dtype
 
 
-def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The tensor in autocast's dtype, differentiably. float64 stays as it is, as under torch's autocast."""
-    if tensor is None or tensor.dtype == dtype or tensor.dtype not in _CASTABLE:
-        return tensor
-    return tensor.to(dtype)
+def autocast(probe: Probe, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors in the dtypes that autocast has torch compute in, converted differentiably."""
+    return [None if t is None else t.to(after_autocast(probe, t)) for t in tensors]

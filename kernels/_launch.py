@@ -25,14 +25,12 @@ _interpreter = threading.Lock()
 
 
 def empty(
-    shape: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    shape: Sequence[int], *, dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None = None
 ) -> torch.Tensor:
     """An uninitialised output or workspace. Tests fill it with NaN: whoever allocates must write every element."""
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    if strides is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -4,7 +4,7 @@ Nothing is tuned at run time: a pick depends on sizes, dtype and GPU model alone
 and is the same tomorrow. No GPU has yet been asked whether the picks are the best ones: they follow from what compiles
 without spills and from filling the multiprocessors.
 
-Every tile that these functions can return is listed by `shipped`, and CI compiles all of them for all targets.
+CI compiles every tile that these functions can return, for all targets (bench/audit.py).
 """
 
 import contextlib
@@ -59,7 +59,7 @@ _PRODUCT = {
     ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
     ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
     ("16", "small"): Tile(64, 64, 64, warps=4, stages=3),
-    ("16", "skinny"): Tile(16, 64, 128, warps=4, stages=3),
+    ("16", "skinny"): Tile(16, 128, 64, warps=4, stages=3),
     ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=3),
     ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
     ("tf32", "small"): Tile(64, 64, 32, warps=4, stages=3),
@@ -69,10 +69,14 @@ _PRODUCT = {
     ("ieee", "small"): Tile(64, 64, 16, warps=4, stages=3),
     ("ieee", "skinny"): Tile(16, 64, 32, warps=4, stages=3),
     ("64", "large"): Tile(64, 64, 16, warps=8, stages=2),
-    ("64", "medium"): Tile(64, 32, 16, warps=4, stages=2),
-    ("64", "small"): Tile(32, 32, 16, warps=4, stages=1),
+    ("64", "medium"): Tile(64, 32, 16, warps=4, stages=1),
+    ("64", "small"): Tile(32, 32, 16, warps=8, stages=2),
     ("64", "skinny"): Tile(16, 32, 16, warps=4, stages=2),
 }
+
+# Where a target has no room for the tile above: shared memory on gfx942, registers on sm_80 and its kin.
+_PRODUCT_ELSEWHERE = {("16", "large"): Tile(128, 256, 32, warps=8, stages=3)}
+_HOPPER_AND_LATER = ("sm_90", "sm_100", "sm_103")
 
 # The interpreter pays per program and per step, not per element: few, large tiles.
 _INTERPRETER = Tile(128, 128, 128)
@@ -124,20 +128,26 @@ def _arithmetic(dtype: torch.dtype, precision: str) -> str:
     return "16" if dtype.itemsize == 2 else precision
 
 
+def products(architecture: str) -> dict[tuple[str, str], Tile]:
+    """The tiles of matrix products on one architecture."""
+    return _PRODUCT if architecture in _HOPPER_AND_LATER else _PRODUCT | _PRODUCT_ELSEWHERE
+
+
 def _product(
     m: int, n: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool
 ) -> Tile:
     """The largest tile that compiles without spills and still gives every multiprocessor something to do."""
     kind = _arithmetic(dtype, precision)
+    tiles = products(device.architecture)
     if m <= 16 and n >= 64:
-        return _PRODUCT[kind, "skinny"]
+        return tiles[kind, "skinny"]
     # Element by element, loads need the registers that a large tile takes; so does an epilogue that reads a tile.
     sizes = ("large", "medium") if vectors and light else ("medium",) if vectors else ()
     for size in sizes:
-        tile = _PRODUCT[kind, size]
+        tile = tiles[kind, size]
         if triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) >= device.multiprocessors:
             return tile
-    return _PRODUCT[kind, "small"]
+    return tiles[kind, "small"]
 
 
 def _splits(programs: int, steps: int, device: Device) -> int:
@@ -185,7 +195,7 @@ def conv_weight_grad(
     elif device.architecture == "interpreter":
         return _INTERPRETER, 1
     else:
-        tile = _PRODUCT[_arithmetic(dtype, precision), "small"]
+        tile = products(device.architecture)[_arithmetic(dtype, precision), "small"]
     programs = triton.cdiv(channels, tile.m) * triton.cdiv(columns, tile.n) * groups
     return tile, _splits(programs, triton.cdiv(pixels, tile.k), device)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from . import _launch, _tiles, epilogues
 from .matmul import matmul
-from .reduce import sum_partials
+from .reduce import activation_grad, sum_partials
 
 
 @triton.jit
@@ -39,9 +39,11 @@ def _conv_kernel(
     pid_n = tl.program_id(0) % tiles_n
     pid_m = tl.program_id(0) // tiles_n % tiles_m
     group = tl.program_id(0) // (tiles_n * tiles_m)
+    k = tl.arange(0, TILE_K)
+    if WIDE:
+        pid_m, pid_n, group, k = pid_m.to(tl.int64), pid_n.to(tl.int64), group.to(tl.int64), k.to(tl.int64)
     m = pid_m * TILE_M + tl.arange(0, TILE_M)
     o = pid_n * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
     m_inside = m < PIXELS
     o_inside = o < O
     ow = m % OW
@@ -51,12 +53,7 @@ def _conv_kernel(
     w = ow * STRIDE_W - pad_w
     first_o = group * O
     first_c = group * C
-    if WIDE:
-        n, oh, ow, o = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64), o.to(tl.int64)
-        first_o, first_c, k = first_o.to(tl.int64), first_c.to(tl.int64), k.to(tl.int64)
-        x_pixel = n * x_n + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w + first_c * x_c
-    else:
-        x_pixel = n * x_n + h * x_h + w * x_w + first_c * x_c
+    x_pixel = n * x_n + h * x_h + w * x_w + first_c * x_c
     w_row = (first_o + o) * w_o
 
     accumulator = tl.zeros((TILE_M, TILE_N), ACC)
@@ -133,12 +130,14 @@ def _conv_input_grad_kernel(
     class_w = rest % STRIDE_W
     class_h = rest // STRIDE_W % STRIDE_H
     group = rest // (STRIDE_W * STRIDE_H)
+    k = tl.arange(0, TILE_K)
+    if WIDE:
+        pid_m, pid_n, group, k = pid_m.to(tl.int64), pid_n.to(tl.int64), group.to(tl.int64), k.to(tl.int64)
     # The pixels of this class, as an image of its own.
     class_height = tl.cdiv(H - class_h, STRIDE_H)
     class_width = tl.cdiv(W - class_w, STRIDE_W)
     m = pid_m * TILE_M + tl.arange(0, TILE_M)
     c = pid_n * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
     m_inside = m < N * class_height * class_width
     c_inside = c < C
     # An image narrower than the stride has classes without pixels: no division by zero on their way to the mask.
@@ -164,12 +163,7 @@ def _conv_input_grad_kernel(
     BACK_W: tl.constexpr = STEP_W * DILATION_W // STRIDE_W
     first_o = group * O
     first_c = group * C
-    if WIDE:
-        n, h, w, c = n.to(tl.int64), h.to(tl.int64), w.to(tl.int64), c.to(tl.int64)
-        first_o, first_c, k = first_o.to(tl.int64), first_c.to(tl.int64), k.to(tl.int64)
-        dz_pixel = n * dz_n + oh.to(tl.int64) * dz_h + ow.to(tl.int64) * dz_w
-    else:
-        dz_pixel = n * dz_n + oh * dz_h + ow * dz_w
+    dz_pixel = n * dz_n + oh * dz_h + ow * dz_w
 
     accumulator = tl.zeros((TILE_M, TILE_N), ACC)
     for start in range(0, taps_h * taps_w * O, TILE_K):
@@ -227,9 +221,11 @@ def _conv_weight_grad_kernel(
     rest = tl.program_id(0) // (tiles_n * tiles_m)
     split = rest % SPLITS
     group = rest // SPLITS
+    k = tl.arange(0, TILE_K)
+    if WIDE:
+        pid_m, pid_n, group, k = pid_m.to(tl.int64), pid_n.to(tl.int64), group.to(tl.int64), k.to(tl.int64)
     o = pid_m * TILE_M + tl.arange(0, TILE_M)
     column = pid_n * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
     o_inside = o < O
     column_inside = column < columns
     c = column % C
@@ -239,12 +235,7 @@ def _conv_weight_grad_kernel(
     left = s * DILATION_W - pad_w
     first_o = group * O
     first_c = group * C
-    if WIDE:
-        o, c, r, s = o.to(tl.int64), c.to(tl.int64), r.to(tl.int64), s.to(tl.int64)
-        first_o, first_c = first_o.to(tl.int64), first_c.to(tl.int64)
-        x_column = (first_c + c) * x_c + up.to(tl.int64) * x_h + left.to(tl.int64) * x_w
-    else:
-        x_column = (first_c + c) * x_c + up * x_h + left * x_w
+    x_column = (first_c + c) * x_c + up * x_h + left * x_w
     dz_row = (first_o + o) * dz_c
     begin = split * pixels_per_split
     end = min(begin + pixels_per_split, PIXELS)
@@ -261,8 +252,6 @@ def _conv_weight_grad_kernel(
         hh = h[:, None] + up[None, :]
         ww = w[:, None] + left[None, :]
         hit = pixel_inside[:, None] & column_inside[None, :] & (hh >= 0) & (hh < H) & (ww >= 0) & (ww < W)
-        if WIDE:
-            n, oh, ow, h, w = n.to(tl.int64), oh.to(tl.int64), ow.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
         dz_pixel = n * dz_n + oh * dz_h + ow * dz_w
         x_pixel = n * x_n + h * x_h + w * x_w
         dz_inside = o_inside[:, None] & pixel_inside[None, :]
@@ -287,6 +276,11 @@ def _as_matrix(x: torch.Tensor) -> torch.Tensor | None:
     return x.as_strided((n * h * w, c), (step, s_c))
 
 
+def _rows_follow(x: torch.Tensor) -> bool:
+    """Whether the rows of each image follow one another at one stride."""
+    return x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
+
+
 def _is_pointwise(w: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int], groups: int) -> bool:
     """A 1x1 convolution that takes every pixel as it is: a matrix product, if the pixels make a matrix."""
     return w.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
@@ -298,7 +292,7 @@ def _with_layout_of(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     A copy of the weight, which is small beside x, instead of a main loop without vector loads and async copies.
     """
     if x.stride(1) == 1 and w.stride(1) != 1 and w.shape[1] > 1:
-        return _launch.empty(w.shape, dtype=w.dtype, device=w.device, memory_format=torch.channels_last).copy_(w)
+        return w.contiguous(memory_format=torch.channels_last)
     return w
 
 
@@ -348,6 +342,29 @@ def conv2d(
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
+
+
+def conv2d_output_grad(
+    dy: torch.Tensor, *, undo: tuple[str, torch.Tensor] | None, channel_sums: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dz = name_grad(dy, saved), with the sums over images and pixels if asked for, in one pass over memory.
+
+    Shape: dy and saved (N, O, OH, OW), any strides; the sums (O,).
+    """
+    n, o, h, w = dy.shape
+    images = [dy] if undo is None else [dy, undo[1]]
+    if all(_as_matrix(image) is not None for image in images):
+        batch, pixels = 1, n * h * w
+    else:
+        batch, pixels = n, h * w
+        images = [image if _rows_follow(image) else image.contiguous() for image in images]
+    as_rows = [image.permute(0, 2, 3, 1).reshape(batch, pixels, o) for image in images]
+    dz, sums = activation_grad(
+        as_rows[0], undo=None if undo is None else (undo[0], as_rows[1]), column_sums=channel_sums
+    )  # fmt: skip
+    if undo is None:
+        return dy, sums
+    return dz.view(n, h, w, o).permute(0, 3, 1, 2), sums
 
 
 def conv2d_input_grad(

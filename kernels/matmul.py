@@ -35,15 +35,13 @@ def _matmul_kernel(
     pid_m = first_m + tile % (GROUP * tiles_n) % group
     pid_n = tile % (GROUP * tiles_n) // group
 
+    k = tl.arange(0, TILE_K)
+    if WIDE:
+        pid_m, pid_n, k = pid_m.to(tl.int64), pid_n.to(tl.int64), k.to(tl.int64)
     m = pid_m * TILE_M + tl.arange(0, TILE_M)
     n = pid_n * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
     m_inside = m < M
     n_inside = n < N
-    if WIDE:
-        m = m.to(tl.int64)
-        n = n.to(tl.int64)
-        k = k.to(tl.int64)
     begin = split * k_per_split
     end = min(begin + k_per_split, K)
 

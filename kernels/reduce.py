@@ -72,14 +72,13 @@ def _activation_grad_kernel(
     pid_n = tl.program_id(0) % tiles_n
     row = tl.program_id(0) // tiles_n
     batch = row // tiles_m
-    m = row % tiles_m * TILE_M + tl.arange(0, TILE_M)
-    n = pid_n * TILE_N + tl.arange(0, TILE_N)
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    n_inside = n < N
+    pid_m = row % tiles_m
     if WIDE:
-        batch = batch.to(tl.int64)
-        m = m.to(tl.int64)
-        n = n.to(tl.int64)
+        batch, pid_m, pid_n = batch.to(tl.int64), pid_m.to(tl.int64), pid_n.to(tl.int64)
+    m = pid_m * TILE_M + tl.arange(0, TILE_M)
+    n = pid_n * TILE_N + tl.arange(0, TILE_N)
+    n_inside = n < N
+    inside = (m < M)[:, None] & n_inside[None, :]
     dz = tl.load(dy_ptr + batch * dy_b + (m[:, None] * dy_m + n[None, :] * dy_n), mask=inside, other=0.0).to(ACC)
     if UNDO is not None:
         offsets = batch * saved_b + (m[:, None] * saved_m + n[None, :] * saved_n)

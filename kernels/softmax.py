@@ -20,12 +20,12 @@ def _softmax_rows_kernel(
     ACC: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_M whole rows, read from x once and written to y once."""
-    row = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    pid = tl.program_id(0)
     d = tl.arange(0, TILE_N)
-    inside = (row < ROWS)[:, None] & (d < D)[None, :]
     if WIDE:
-        row = row.to(tl.int64)
-        d = d.to(tl.int64)
+        pid, d = pid.to(tl.int64), d.to(tl.int64)
+    row = pid * TILE_M + tl.arange(0, TILE_M)
+    inside = (row < ROWS)[:, None] & (d < D)[None, :]
     x = tl.load(x_ptr + (row[:, None] * x_row + d[None, :] * x_d), mask=inside, other=float("-inf")).to(ACC)
     # A row of -inf alone gives (-inf) - (-inf) = NaN, and NaN anywhere reaches the whole row through the sum: as torch.
     e = tl.exp(x - tl.max(x, axis=1)[:, None])
@@ -39,12 +39,12 @@ def _softmax_rows_grad_kernel(
     ACC: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_M whole rows of dx, each element read once from dy and y."""
-    row = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    pid = tl.program_id(0)
     d = tl.arange(0, TILE_N)
-    inside = (row < ROWS)[:, None] & (d < D)[None, :]
     if WIDE:
-        row = row.to(tl.int64)
-        d = d.to(tl.int64)
+        pid, d = pid.to(tl.int64), d.to(tl.int64)
+    row = pid * TILE_M + tl.arange(0, TILE_M)
+    inside = (row < ROWS)[:, None] & (d < D)[None, :]
     offsets = row[:, None] * y_row + d[None, :]
     dy = tl.load(dy_ptr + (row[:, None] * dy_row + d[None, :] * dy_d), mask=inside, other=0.0).to(ACC)
     y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(ACC)
@@ -60,12 +60,12 @@ def _softmax_blocks_kernel(
     """One program: D elements for each of TILE_I inner neighbours. Reads x once or twice, writes y once."""
     tiles = tl.cdiv(INNER, TILE_I)
     outer = (tl.program_id(0) // tiles).to(tl.int64)
-    inner = tl.program_id(0) % tiles * TILE_I + tl.arange(0, TILE_I)
-    i_inside = (inner < INNER)[None, :]
+    inner = tl.program_id(0) % tiles
     block = tl.arange(0, TILE_D)
     if WIDE:
-        inner = inner.to(tl.int64)
-        block = block.to(tl.int64)
+        inner, block = inner.to(tl.int64), block.to(tl.int64)
+    inner = inner * TILE_I + tl.arange(0, TILE_I)
+    i_inside = (inner < INNER)[None, :]
     x_ptr += outer * x_outer
     y_ptr += outer * y_outer
     if ONE_BLOCK:
@@ -106,12 +106,12 @@ def _softmax_blocks_grad_kernel(
     """One program: D elements of dx for each of TILE_I inner neighbours. Reads dy and y once or twice."""
     tiles = tl.cdiv(INNER, TILE_I)
     outer = (tl.program_id(0) // tiles).to(tl.int64)
-    inner = tl.program_id(0) % tiles * TILE_I + tl.arange(0, TILE_I)
-    i_inside = (inner < INNER)[None, :]
+    inner = tl.program_id(0) % tiles
     block = tl.arange(0, TILE_D)
     if WIDE:
-        inner = inner.to(tl.int64)
-        block = block.to(tl.int64)
+        inner, block = inner.to(tl.int64), block.to(tl.int64)
+    inner = inner * TILE_I + tl.arange(0, TILE_I)
+    i_inside = (inner < INNER)[None, :]
     dy_ptr += outer * dy_outer
     y_ptr += outer * y_outer
     dx_ptr += outer * y_outer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .. import _dispatch, _dtypes
+from .. import _dispatch
 from .._dispatch import BadInput, accelerated
 
 if TYPE_CHECKING or _dispatch.MISSING is None:

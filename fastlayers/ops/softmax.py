@@ -42,7 +42,7 @@ def _twin(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Ten
 
 
 def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | None:
-    reason = _dispatch.why_not(input)
+    reason = _dispatch.why_not(input, autocast=_probe)
     if reason is not None:
         return reason
     if type(dim) is not int or not -input.dim() <= dim < max(input.dim(), 1):
@@ -51,14 +51,12 @@ def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | 
         return "a tensor without dimensions"
     if dtype is not None and dtype not in DTYPES:
         return BadInput(f"dtype {dtype}")
-    if dtype is not None and _dispatch._why_not_device(input.device, dtype):
-        return _dispatch._why_not_device(input.device, dtype)
-    return None
+    return None if dtype is None else _dispatch.why_not_device(input.device, dtype)
 
 
 @accelerated(twin=_twin, why_not=_why_not)
 def _softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor:
-    dtype = dtype or _dtypes.autocast_dtype(_probe, input)
+    dtype = dtype or _dtypes.after_autocast(_probe, input)
     dim %= input.dim()
     if _dispatch.wants_grad(input):
         return _Softmax.apply(input, dim, dtype)  # type: ignore[return-value]

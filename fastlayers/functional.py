@@ -1,0 +1,24 @@
+"""torch.nn.functional's names and signatures, on Triton kernels where we have them and torch's own otherwise.
+
+    import fastlayers.functional as F
+"""
+
+from typing import Any
+
+import torch.nn.functional as _torch
+from torch.nn.functional import *  # noqa: F403
+
+from .ops.conv import conv2d, conv2d_then
+from .ops.linear import linear, linear_chain
+from .ops.pointwise import relu
+from .ops.softmax import softmax
+
+__all__ = ["conv2d", "conv2d_then", "linear", "linear_chain", "relu", "softmax"]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_torch, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_torch)})

@@ -1,0 +1,30 @@
+"""torch.nn.modules.container."""
+
+import torch
+from torch import nn
+
+from .. import _fusion
+
+
+class Sequential(nn.Sequential):
+    """Modules one after the other. As torch.nn.Sequential, but a Linear or Conv2d and the activation that follows it
+    run as one kernel, and consecutive Linear layers as one function for autograd, wherever nobody could tell.
+
+    A neighbour keeps to itself if it has a hook (its own or a global one), is a subclass of our class, or has a
+    `forward` of its own: a hook must see the value in between. That is looked up at every call. Slices, sums and
+    products of a Sequential are Sequentials of its own class.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Sequential.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        for step in _fusion.plan(self):
+            input = step(input)
+        return input
+
+    # torch's own build a torch.nn.Sequential, whose forward fuses nothing.
+    def __add__(self, other: nn.Sequential) -> "Sequential":
+        return self.__class__(*super().__add__(other))
+
+    def __mul__(self, other: int) -> "Sequential":
+        return self.__class__(*super().__mul__(other))

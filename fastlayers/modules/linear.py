@@ -1,0 +1,28 @@
+"""torch.nn.modules.linear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .. import functional as F
+from ..ops.pointwise import Pointwise
+
+
+class Linear(nn.Linear):
+    """x W^T + b. As torch.nn.Linear; see `fastlayers.functional.linear` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+    chains = True
+
+    @staticmethod
+    def forward_fused(input: torch.Tensor, stages: Sequence[tuple[Linear, Pointwise | None]]) -> torch.Tensor:
+        """Several layers and the activations between them, as one function for autograd."""
+        return F.linear_chain(input, [(layer.weight, layer.bias, then) for layer, then in stages])

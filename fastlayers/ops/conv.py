@@ -1,0 +1,263 @@
+"""Convolution of images: x (N, C, H, W), w (O, C/groups, R, S), b (O,) -> y = f(conv(x, w) + b) (N, O, OH, OW);
+dz = f'(y) dy, dx and dw by the transposed and the correlated convolution, db = sum of dz over images and pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import _dispatch, _dtypes
+from .._dispatch import BadInput, accelerated
+from .pointwise import Pointwise
+
+if TYPE_CHECKING or _dispatch.MISSING is None:
+    from ..kernels import _launch
+    from ..kernels import conv as kernels
+
+Size = int | Sequence[int]
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """`padding` above and to the left, `end` below and to the right: they differ only for "same" with even kernels."""
+
+    stride: Pair
+    padding: Pair
+    end: Pair
+    dilation: Pair
+    groups: int
+
+    def output_size(self, image: Sequence[int], kernel: Sequence[int]) -> Pair:
+        h, w = (
+            (image[i] + self.padding[i] + self.end[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i in (0, 1)
+        )
+        return h, w
+
+    def arguments(self) -> dict[str, Any]:
+        """What the launchers take."""
+        return dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
+
+
+def _pair(value: Any, least: int) -> Pair | None:
+    """torch's int or int[2], a single number standing for both; None where torch would object."""
+    pair = (value, value) if type(value) is int else tuple(value) if isinstance(value, (tuple, list, torch.Size)) else ()
+    if len(pair) == 1:
+        pair = pair * 2
+    if len(pair) != 2 or not all(type(v) is int and v >= least for v in pair):
+        return None
+    return pair
+
+
+def _geometry(kernel: Sequence[int], stride: Size, padding: Any, dilation: Size, groups: int) -> _Geometry | None:
+    """The geometry in numbers, or None where torch would object to it."""
+    s, d = _pair(stride, 1), _pair(dilation, 1)
+    if s is None or d is None or type(groups) is not int or groups < 1:
+        return None
+    if padding == "same" and s == (1, 1):
+        total = tuple(d[i] * (kernel[i] - 1) for i in (0, 1))
+        start: Pair = (total[0] // 2, total[1] // 2)
+        return _Geometry(s, start, (total[0] - start[0], total[1] - start[1]), d, groups)
+    p = (0, 0) if padding == "valid" else None if isinstance(padding, str) else _pair(padding, 0)
+    return None if p is None else _Geometry(s, p, p, d, groups)
+
+
+def _images(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 4 else x.unsqueeze(0)
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """torch's rule (c10::is_channels_last_strides_2d): do the strides alone say NHWC? Ambiguous ones say NCHW."""
+    if x.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(d) * max(x.shape[d], 1)
+    return True
+
+
+def _empty(shape: Sequence[int], like: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """An uninitialised image or batch of images, in its final shape and strides: a Function mustn't return a view."""
+    *_, c, h, w = shape
+    strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    return _launch.empty(shape, dtype=like.dtype, device=like.device, strides=strides[-len(shape) :])
+
+
+def _forward(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: Pointwise | None, g: _Geometry
+) -> torch.Tensor:
+    size = g.output_size(x.shape[-2:], w.shape[2:])
+    y = _empty((*x.shape[:-3], w.shape[0], *size), x, _is_channels_last(_images(x)) or _is_channels_last(w))
+    name = None if then is None else then.name
+    kernels.conv2d(_images(x), w, b, _images(y), then=name, precision=_dtypes.conv_precision(), **g.arguments())
+    return y
+
+
+class _Conv2d(torch.autograd.Function):
+    """x (N, C, H, W) or (C, H, W), w (O, C/groups, R, S), b (O,) -> y. One pass makes dz and db, one kernel each dx, dw."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: Pointwise | None, g: _Geometry
+    ) -> torch.Tensor:
+        y = _forward(x, w, b, then, g)
+        needs = ctx.needs_input_grad
+        ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape = then, g, x.shape, w.shape
+        ctx.x_channels_last, ctx.w_channels_last = _is_channels_last(_images(x)), _is_channels_last(w)
+        ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None, None if then is None else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if _dispatch.backward_through_torch(dy):
+            return _backward_torch(ctx, dy)
+        x, w, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        precision, geometry = _dtypes.conv_precision(), ctx.geometry.arguments()
+        undo = None if y is None else (ctx.then.name, _images(y))
+        dz, db = kernels.conv2d_output_grad(_images(dy), undo=undo, channel_sums=dy.dtype if needs[2] else None)
+        dx = dw = None
+        if needs[0]:
+            dx = _empty(ctx.x_shape, dy, ctx.x_channels_last)
+            kernels.conv2d_input_grad(dz, w, _images(dx), precision=precision, **geometry)
+        if needs[1]:
+            dw = _empty(ctx.w_shape, dy, ctx.w_channels_last)
+            kernels.conv2d_weight_grad(dz, _images(x), dw, precision=precision, **geometry)
+        return dx, dw, db, None, None
+
+
+def _backward_torch(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The same in differentiable functions of torch."""
+    x, w, y = ctx.saved_tensors
+    needs, g = ctx.needs_input_grad, ctx.geometry
+    with torch.autocast(dy.device.type, enabled=False):
+        dz = dy if y is None else ctx.then.torch_grad(dy, y)
+        db = dz.sum([d for d in range(dz.dim()) if d != dz.dim() - 3]) if needs[2] else None
+        # A tensor that isn't needed only lends its shape.
+        x = dy.new_zeros(()).expand(ctx.x_shape) if x is None else x
+        w = dy.new_zeros(()).expand(ctx.w_shape) if w is None else w
+        padding = g.padding
+        if g.padding != g.end:
+            x = F.pad(x, (g.padding[1], g.end[1], g.padding[0], g.end[0]))
+            padding = (0, 0)
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            _images(dz), _images(x), w, None, g.stride, padding, g.dilation, False, (0, 0), g.groups,
+            (needs[0], needs[1], False),
+        )  # fmt: skip
+        if dx is not None:
+            if g.padding != g.end:
+                dx = dx.narrow(2, g.padding[0], ctx.x_shape[-2]).narrow(3, g.padding[1], ctx.x_shape[-1])
+            dx = dx.reshape(ctx.x_shape)
+        return dx, dw, db, None, None
+
+
+def _why_not(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    then: Pointwise | None = None,
+) -> str | None:
+    reason = _dispatch.why_not(input, weight, *(() if bias is None else (bias,)), autocast=_probe)
+    if reason is not None:
+        return reason
+    if input.dim() not in (3, 4) or weight.dim() != 4:
+        return BadInput(f"an input with {input.dim()} dimensions and a weight with {weight.dim()}")
+    o, c, *kernel = weight.shape
+    geometry = _geometry(kernel, stride, padding, dilation, groups)
+    if geometry is None:
+        return BadInput(f"stride {stride!r}, padding {padding!r}, dilation {dilation!r}, groups {groups!r}")
+    if input.shape[-3] != c * groups or o % groups:
+        return BadInput(f"{input.shape[-3]} channels for a weight of {tuple(weight.shape)} in {groups} groups")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return BadInput(f"a bias of {tuple(bias.shape)} for a weight of {tuple(weight.shape)}")
+    if 0 in weight.shape or 0 in input.shape[-3:]:
+        return "a dimension of size 0 other than the batch"
+    if min(geometry.output_size(input.shape[-2:], kernel)) < 1:
+        return BadInput("a kernel larger than the padded image")
+    return None
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x[None, None], x[None, None])
+
+
+def _twin(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    then: Pointwise | None = None,
+) -> torch.Tensor:
+    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return y if then is None else then.torch(y)
+
+
+def _conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    then: Pointwise | None,
+) -> torch.Tensor:
+    geometry = _geometry(weight.shape[2:], stride, padding, dilation, groups)
+    x, w, b = _dtypes.autocast(_probe, input, weight, bias)
+    assert geometry is not None and x is not None and w is not None  # _why_not has seen to it
+    if _dispatch.wants_grad(x, w, b):
+        return _Conv2d.apply(x, w, b, then, geometry)  # type: ignore[return-value]
+    return _forward(x, w, b, then, geometry)
+
+
+@accelerated(twin=F.conv2d, why_not=_why_not)
+def conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """The cross-correlation of images with a filter bank, plus bias. As torch.nn.functional.conv2d.
+
+    Shape: input (N, C, H, W) or (C, H, W), weight (O, C/groups, R, S), bias (O,); the result (N, O, OH, OW) or
+        (O, OH, OW), in channels_last where torch's is. All with any strides.
+    Dtype: float16, bfloat16, float32, float64, the same for all; sums in float32 (float64). float32 obeys
+        torch.backends.cudnn.conv.fp32_precision, which allows TF32 by default. Under autocast, as torch.
+    Runs on Triton when: all tensors are plain ones on one GPU (or Triton interprets) and only the batch is of size 0.
+    Raises: what torch raises.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html; implicit matrix product:
+        Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759.
+    """
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, None)
+
+
+@accelerated(twin=_twin, why_not=_why_not)
+def conv2d_then(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    then: Pointwise | None = None,
+) -> torch.Tensor:
+    """A convolution and the activation that follows it, in one kernel. Everything else as `conv2d`."""
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, then)
