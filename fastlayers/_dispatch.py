@@ -97,7 +97,6 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
     if reason is not None:
         return reason
     first = tensors[0]
-    dtype = _dtypes.after_autocast(autocast, first)
     for tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             return f"layout is {tensor.layout}"
@@ -105,11 +104,14 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
             return "a lazily negated view"
         if tensor.device != first.device:
             return BadInput(f"tensors on {first.device} and {tensor.device}")
+    reason = _why_not_device(first.device)
+    if reason is not None:
+        return reason
+    dtype = _dtypes.after_autocast(autocast, first)
+    for tensor in tensors:
         if _dtypes.after_autocast(autocast, tensor) != dtype:
             return BadInput(f"tensors of {first.dtype} and {tensor.dtype}")
-    if dtype not in DTYPES:
-        return f"dtype {dtype}"
-    return why_not_device(first.device, dtype)
+    return why_not_dtype(dtype)
 
 
 def _observed() -> str | None:
@@ -131,14 +133,21 @@ def _observed() -> str | None:
     return None
 
 
-def why_not_device(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_device(device: torch.device) -> str | None:
     if device.type == "cuda":
         return _why_not_gpu(device)
     if device.type == "cpu" and _launch.INTERPRETED:
-        if dtype == torch.bfloat16 and not _launch.bfloat16_is_exact:
-            return "Triton's interpreter computes bfloat16 wrongly"
         return None
     return f"tensors on {device.type}: the kernels run on GPUs"
+
+
+def why_not_dtype(dtype: torch.dtype) -> str | None:
+    """What speaks against computing in this dtype."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype}"
+    if dtype == torch.bfloat16 and not _launch.bfloat16_is_exact:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return None
 
 
 @functools.lru_cache

@@ -56,7 +56,7 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 #   "16"   float16 and bfloat16 on tensor cores        "tf32"  float32 on tensor cores
 #   "ieee" strict float32, without tensor cores        "64"    float64
 _PRODUCT = {
-    ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
+    ("16", "large"): Tile(128, 256, 32, warps=8, stages=3),
     ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
     ("16", "small"): Tile(64, 64, 64, warps=4, stages=3),
     ("16", "skinny"): Tile(16, 128, 64, warps=4, stages=3),
@@ -66,7 +66,7 @@ _PRODUCT = {
     ("tf32", "skinny"): Tile(16, 64, 64, warps=4, stages=3),
     ("ieee", "large"): Tile(128, 128, 16, warps=8, stages=3),
     ("ieee", "medium"): Tile(128, 64, 16, warps=8, stages=3),
-    ("ieee", "small"): Tile(64, 64, 16, warps=4, stages=3),
+    ("ieee", "small"): Tile(32, 32, 16, warps=4, stages=3),
     ("ieee", "skinny"): Tile(16, 64, 32, warps=4, stages=3),
     ("64", "large"): Tile(64, 64, 16, warps=8, stages=2),
     ("64", "medium"): Tile(64, 32, 16, warps=4, stages=1),
@@ -74,9 +74,14 @@ _PRODUCT = {
     ("64", "skinny"): Tile(16, 32, 16, warps=4, stages=2),
 }
 
-# Where a target has no room for the tile above: shared memory on gfx942, registers on sm_80 and its kin.
-_PRODUCT_ELSEWHERE = {("16", "large"): Tile(128, 256, 32, warps=8, stages=3)}
-_HOPPER_AND_LATER = ("sm_90", "sm_100", "sm_103")
+# Where a target has room for more: shared memory, or registers in that target's code.
+_PRODUCT_ON = {
+    "sm_90": {
+        ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
+        ("ieee", "small"): Tile(64, 64, 16, warps=4, stages=3),
+    },
+    "sm_100": {("16", "large"): Tile(128, 256, 64, warps=8, stages=3)},
+}
 
 # The interpreter pays per program and per step, not per element: few, large tiles.
 _INTERPRETER = Tile(128, 128, 128)
@@ -130,13 +135,13 @@ def _arithmetic(dtype: torch.dtype, precision: str) -> str:
 
 def products(architecture: str) -> dict[tuple[str, str], Tile]:
     """The tiles of matrix products on one architecture."""
-    return _PRODUCT if architecture in _HOPPER_AND_LATER else _PRODUCT | _PRODUCT_ELSEWHERE
+    return _PRODUCT | _PRODUCT_ON.get(architecture, {})
 
 
 def _product(
-    m: int, n: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool
+    m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool
 ) -> Tile:
-    """The largest tile that compiles without spills and still gives every multiprocessor something to do."""
+    """The largest tile that compiles without spills and still gives most multiprocessors something to do."""
     kind = _arithmetic(dtype, precision)
     tiles = products(device.architecture)
     if m <= 16 and n >= 64:
@@ -145,7 +150,10 @@ def _product(
     sizes = ("large", "medium") if vectors and light else ("medium",) if vectors else ()
     for size in sizes:
         tile = tiles[kind, size]
-        if triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) >= device.multiprocessors:
+        programs = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+        if size == "medium" and light:
+            programs *= _splits(programs, triton.cdiv(k, tile.k), device)
+        if 4 * programs >= 3 * device.multiprocessors:
             return tile
     return tiles[kind, "small"]
 
@@ -171,7 +179,7 @@ def matmul(
     elif device.architecture == "interpreter":
         return _INTERPRETER, 1
     else:
-        tile = _product(m, n, dtype, precision, device, vectors=vectors, light=light)
+        tile = _product(m, n, k, dtype, precision, device, vectors=vectors, light=light)
     if not light:
         return tile, 1
     return tile, _splits(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), triton.cdiv(k, tile.k), device)
@@ -183,7 +191,7 @@ def conv(pixels: int, channels: int, dtype: torch.dtype, precision: str, device:
         return forced["product"]
     if device.architecture == "interpreter":
         return _INTERPRETER
-    return _product(pixels, channels, dtype, precision, device, vectors=vectors, light=False)
+    return _product(pixels, channels, 0, dtype, precision, device, vectors=vectors, light=False)
 
 
 def conv_weight_grad(

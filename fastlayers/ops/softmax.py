@@ -51,12 +51,14 @@ def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | 
         return "a tensor without dimensions"
     if dtype is not None and dtype not in DTYPES:
         return BadInput(f"dtype {dtype}")
-    return None if dtype is None else _dispatch.why_not_device(input.device, dtype)
+    return None if dtype is None else _dispatch.why_not_dtype(dtype)
 
 
 @accelerated(twin=_twin, why_not=_why_not)
 def _softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor:
     dtype = dtype or _dtypes.after_autocast(_probe, input)
+    if torch.promote_types(input.dtype, dtype) != dtype:
+        input = input.to(dtype)  # torch rounds before the operation; a widening happens in the kernel
     dim %= input.dim()
     if _dispatch.wants_grad(input):
         return _Softmax.apply(input, dim, dtype)  # type: ignore[return-value]

@@ -1,0 +1,63 @@
+"""The error budget: twice torch's own error against float64, and two roundings of the result.
+
+float64 itself has no better judge, and gets sixteen times that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest and root-mean-square error against float64, of ours and of torch's, and how large they may be."""
+
+    ours: tuple[float, float]
+    torchs: tuple[float, float]
+    allowed: tuple[float, float]
+
+    @property
+    def within(self) -> bool:
+        return all(ours <= allowed for ours, allowed in zip(self.ours, self.allowed, strict=True))
+
+
+def errors(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> Errors:
+    """The errors of two results of the same dtype; `exact` is the float64 result. NaN where `exact` has none, or the
+    other way around, is an infinite error; infinities must agree."""
+
+    def measure(result: torch.Tensor) -> tuple[float, float]:
+        # What is beyond the dtype's range is rightly infinite in it.
+        rounded = exact.to(ours.dtype)
+        finite = rounded.isfinite()
+        same = (result.isnan() == rounded.isnan()).all() and (result[rounded.isinf()] == rounded[rounded.isinf()]).all()
+        if not same:
+            return float("inf"), float("inf")
+        error = (result.double() - exact)[finite]
+        return (error.abs().max().item(), error.square().mean().sqrt().item()) if error.numel() else (0.0, 0.0)
+
+    # Two units in the last place: what CUDA, libm and NumPy document for a single exponential.
+    finite = exact[exact.to(ours.dtype).isfinite()]
+    eps = 2 * torch.finfo(ours.dtype).eps
+    band = (eps * finite.abs().max().item(), eps * finite.square().mean().sqrt().item()) if finite.numel() else (0.0, 0.0)
+    torch_errors = measure(torchs)
+    if ours.dtype == torch.float64:
+        # There is nothing more exact to judge by: `exact` is torch's own result, rounded in another order.
+        return Errors(measure(ours), torch_errors, (16 * band[0], 16 * band[1]))
+    # Where torch itself is wrong about NaN or inf there is no budget, and ours must be right.
+    base = tuple(0.0 if e == float("inf") else e for e in torch_errors)
+    return Errors(measure(ours), torch_errors, (2 * base[0] + band[0], 2 * base[1] + band[1]))
+
+
+def assert_within_budget(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, what: str = "result") -> None:
+    """Shape, dtype, strides as torch's; error at most twice torch's own, plus the band.
+
+    Raises:
+        AssertionError: with the three errors.
+    """
+    assert ours.shape == torchs.shape, f"{what}: shape {tuple(ours.shape)}, torch's is {tuple(torchs.shape)}"
+    assert ours.dtype == torchs.dtype, f"{what}: dtype {ours.dtype}, torch's is {torchs.dtype}"
+    assert ours.device == torchs.device, f"{what}: on {ours.device}, torch's is on {torchs.device}"
+    found = errors(ours.detach(), torchs.detach(), exact.detach())
+    assert found.within, f"{what}: (max, rms) error {found.ours}, torch's {found.torchs}, allowed {found.allowed}"

@@ -1,0 +1,88 @@
+"""Where the suite runs: on the GPU if there is one, else on the CPU in Triton's interpreter, made honest and watched."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+os.environ.setdefault("FASTLAYERS_TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # one for all workers
+
+import honest_interpreter  # noqa: E402
+import sanitizer  # noqa: E402
+
+import fastlayers  # noqa: E402
+from fastlayers.kernels import _launch, _tiles  # noqa: E402
+from fastlayers.kernels._tiles import Tile  # noqa: E402
+
+torch.set_num_threads(1)
+if _launch.INTERPRETED:
+    honest_interpreter.install()
+    sanitizer.install()
+
+
+def pytest_report_header() -> str:
+    where = torch.cuda.get_device_name() if GPU else "Triton's interpreter, made honest and watched"
+    return f"fastlayers on {where}; FASTLAYERS_TEST_SEED={os.environ['FASTLAYERS_TEST_SEED']}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_random_data(request: pytest.FixtureRequest) -> None:
+    """New data in every run; the header says how to get the same again."""
+    torch.manual_seed(int(os.environ["FASTLAYERS_TEST_SEED"]) ^ (hash_of(request.node.nodeid)))
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode()[-8:], "little") & 0x7FFFFFFF
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every output and workspace starts as NaN: an element that nobody writes shows."""
+
+    def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor if tensor.device.type == "meta" else tensor.fill_(float("nan"))
+
+        return poisoned
+
+    monkeypatch.setattr(_launch, "empty", poison(_launch.empty))
+    monkeypatch.setattr(_launch, "empty_like", poison(_launch.empty_like))
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Iterator[None]:
+    """Kernels or an error, strict float32, and nothing left behind."""
+    matmul, conv = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    with fastlayers.policy("triton"):
+        yield
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = matmul, conv
+
+
+@pytest.fixture
+def small_tiles() -> Iterator[None]:
+    """Tiles so small that small shapes cross their edges."""
+    tiles = dict(product=Tile(32, 16, 16), pointwise=Tile(1, 64), activation_grad=Tile(16, 16), sum_partials=Tile(2, 32))
+    with _tiles.force(**tiles):
+        yield
