@@ -11,6 +11,8 @@ status 1. Never in a process with TRITON_INTERPRET=1.
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -68,128 +70,144 @@ class Case:
     dtype: torch.dtype
     call: Callable[[], object]
     force: dict[str, Tile]
+    wide: bool = False
+    """Compiled for offsets of 64 bits."""
 
     @property
     def label(self) -> str:
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}{' wide' * self.wide}"
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _maker(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    return lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+
+
+_KINDS = {
+    "16": (torch.float16, torch.bfloat16),
+    "tf32": (torch.float32,),
+    "ieee": (torch.float32,),
+    "64": (torch.float64,),
+}
 
 
 def _product_cases(target: str) -> Iterator[Case]:
-    kinds = {"16": (torch.float16, torch.bfloat16), "tf32": (torch.float32,), "ieee": (torch.float32,), "64": (torch.float64,)}
+    """matmul and convolution: three directions each at every tile, and the ways in which small tiles alone are used."""
     for (kind, size), tile in _tiles.products(target).items():
-        precision = kind if kind == "tf32" else "ieee"
-        for dtype in kinds[kind]:
-            name = f"{kind}/{size} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}"
-
-            def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-                return _meta(*shape, dtype=dtype)
-
-            def product(odd: int = 0, t: Any = t, precision: str = precision, dtype: torch.dtype = dtype) -> dict[str, Callable[[], object]]:
-                m, n, k = 8192 + odd, 4096 + odd, 4096 + odd
-                return {
-                    "forward": lambda: matmul.matmul(t(m, k), t(n, k).T, bias=t(n), then="relu", precision=precision),
-                    "input grad": lambda: matmul.matmul(t(m, n), t(n, k), precision=precision),
-                    "input grad, undo": lambda: matmul.matmul(t(m, n), t(n, k), undo=("relu", t(m, k)), column_sums=dtype, precision=precision),
-                    "weight grad": lambda: matmul.matmul(t(m, n).T, t(m, k), precision=precision),
-                }  # fmt: skip
-
-            def image(t: Any = t, precision: str = precision) -> dict[str, tuple[str, Callable[[], object]]]:
-                geometry = dict(stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1, precision=precision)
-                last = torch.channels_last
-                x, y, w = t(32, 256, 56, 56).to(memory_format=last), t(32, 256, 28, 28).to(memory_format=last), t(256, 256, 3, 3).to(memory_format=last)
-                return {
-                    "forward": ("_conv_kernel", lambda: conv.conv2d(x, w, t(256), y, then="relu", **geometry)),
-                    "input grad": ("_conv_input_grad_kernel", lambda: conv.conv2d_input_grad(y, w, x, **geometry)),
-                    "weight grad": ("_conv_weight_grad_kernel", lambda: conv.conv2d_weight_grad(y, x, w, **geometry)),
-                }  # fmt: skip
-
-            for direction, call in product().items():
-                if size == "large" and direction.endswith("undo"):
-                    continue  # never picked: see _tiles._product
-                yield Case(f"matmul {direction} {name}", "_matmul_kernel", dtype, call, dict(product=tile))
-            for direction, (kernel, call) in image().items():
-                if size == "large" or (size != "small" and direction == "weight grad"):
-                    continue
-                yield Case(f"conv {direction} {name}", kernel, dtype, call, dict(product=tile))
+        precision = "tf32" if kind == "tf32" else "ieee"
+        name = f"{kind}/{size} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}"
+        for dtype in _KINDS[kind]:
+            calls = [("matmul", *call) for call in _matmul_calls(0, dtype, precision)]
+            calls += [("conv", *call) for call in _conv_calls(dtype, precision)]
+            # What _tiles never picks: a large tile with an epilogue that reads one, or for a convolution.
+            if size == "large":
+                calls = [c for c in calls if c[0] == "matmul" and "undo" not in c[1]]
+            if size in ("medium", "skinny"):
+                calls = [c for c in calls if c[0] == "matmul" or c[1] != "weight grad"]
             if size == "small":
-                for direction, call in product(odd=1).items():
-                    yield Case(f"matmul odd {direction} {name}", "_matmul_kernel", dtype, call, dict(product=tile))
-                geometry = dict(stride=(2, 2), padding=(3, 3), dilation=(1, 1), groups=1, precision=precision)
-                x, y, w = t(32, 3, 224, 224), t(32, 64, 112, 112), t(64, 3, 7, 7)
-                yield Case(
-                    f"conv stem forward {name}", "_conv_kernel", dtype,
-                    lambda x=x, y=y, w=w, g=geometry: conv.conv2d(x, w, None, y, **g), dict(product=tile),
-                )  # fmt: skip
-                yield Case(
-                    f"conv stem weight grad {name}", "_conv_weight_grad_kernel", dtype,
-                    lambda x=x, y=y, w=w, g=geometry: conv.conv2d_weight_grad(y, x, w, **g), dict(product=tile),
-                )  # fmt: skip
+                calls += [("matmul odd", *call) for call in _matmul_calls(1, dtype, precision)]
+                calls += [("conv stem", *call) for call in _stem_calls(dtype, precision)]
+            for family, direction, kernel, call in calls:
+                yield Case(f"{family} {direction} {name}", kernel, dtype, call, dict(product=tile))
+
+
+Call = tuple[str, str, Callable[[], object]]
+"""Direction, kernel, and what launches it."""
+
+
+def _matmul_calls(odd: int, dtype: torch.dtype, precision: str) -> Iterator[Call]:
+    t, product = _maker(dtype), functools.partial(matmul.matmul, precision=precision)
+    m, n, k = 8192 + odd, 4096 + odd, 4096 + odd
+    kernel = "_matmul_kernel"
+    yield "forward", kernel, functools.partial(product, t(m, k), t(n, k).T, bias=t(n), then="relu")
+    yield "input grad", kernel, functools.partial(product, t(m, n), t(n, k))
+    undo = functools.partial(product, t(m, n), t(n, k), undo=("relu", t(m, k)), column_sums=dtype)
+    yield "input grad, undo", kernel, undo
+    yield "weight grad", kernel, functools.partial(product, t(m, n).T, t(m, k))
+
+
+def _conv_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
+    t, last = _maker(dtype), torch.channels_last
+    geometry = _geometry(2, 1, precision)
+    x, y = t(32, 256, 56, 56).to(memory_format=last), t(32, 256, 28, 28).to(memory_format=last)
+    w = t(256, 256, 3, 3).to(memory_format=last)
+    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(256), y, then="relu", **geometry)
+    yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
+    yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
+
+
+def _stem_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
+    """NCHW and three channels: loads element by element, steps that straddle taps."""
+    t, geometry = _maker(dtype), _geometry(2, 3, precision)
+    x, y, w = t(32, 3, 224, 224), t(32, 64, 112, 112), t(64, 3, 7, 7)
+    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, None, y, **geometry)
+    yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
+    yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
+
+
+def _geometry(stride: int, padding: int, precision: str) -> dict[str, Any]:
+    pairs = dict(stride=(stride, stride), padding=(padding, padding), dilation=(1, 1))
+    return dict(**pairs, groups=1, precision=precision)
 
 
 def _memory_cases() -> Iterator[Case]:
     """The memory-bound kernels: pointwise, reductions, softmax."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-
-        def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return _meta(*shape, dtype=dtype)
-
-        accumulate = torch.promote_types(dtype, torch.float32)
-        x = t(4096, 4096)
-        yield Case("relu", "_pointwise_kernel", dtype, lambda x=x: pointwise.pointwise(x, "relu"), {})
-        yield Case("relu grad", "_pointwise_grad_kernel", dtype, lambda x=x: pointwise.pointwise_grad(x, x, "relu"), {})
-        for layout, y in (("rows", x[None]), ("columns", x[None].mT)):
-            yield Case(
-                f"activation grad {layout}", "_activation_grad_kernel", dtype,
-                lambda y=y, d=dtype: reduce.activation_grad(y, undo=("relu", y), column_sums=d), {},
-            )  # fmt: skip
-        for partials in (8, 64):
-            yield Case(
-                f"sum partials {partials}", "_sum_partials_kernel", dtype,
-                lambda p=_meta(partials, 512, 512, dtype=accumulate), o=t(512, 512), b=t(512): reduce.sum_partials(p, o, bias=b, then="relu"), {},
-            )  # fmt: skip
-        for size in _tiles._SOFTMAX_ROWS:
-            x = t(4096, size)
-            for gradient in (False, True):
-                if _tiles.softmax_rows(size, accumulate, gradient) is not None:
-                    yield _softmax_case(f"rows {size}", "rows", x, 1, gradient)
-        for label, shape in (("long rows", (64, 131072)), ("few neighbours", (64, 512, 16)), ("short", (64, 32, 4096)), ("tall", (64, 512, 4096)), ("tall, one block", (64, 128, 4096))):  # fmt: skip
-            for gradient in (False, True):
-                yield _softmax_case(label, "blocks", t(*shape), 1, gradient)
+        for name, kernel, call in _memory_calls(dtype):
+            yield Case(name, kernel, dtype, call, {})
 
 
-def _softmax_case(label: str, design: str, x: torch.Tensor, dim: int, gradient: bool) -> Case:
-    if gradient:
-        return Case(
-            f"softmax grad {label}", f"_softmax_{design}_grad_kernel", x.dtype,
-            lambda: softmax.softmax_grad(x, x, dim, x.dtype), {},
-        )  # fmt: skip
-    return Case(f"softmax {label}", f"_softmax_{design}_kernel", x.dtype, lambda: softmax.softmax(x, dim, x.dtype), {})
+def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
+    t, accumulate = _maker(dtype), torch.promote_types(dtype, torch.float32)
+    x = t(4096, 4096)
+    yield "relu", "_pointwise_kernel", functools.partial(pointwise.pointwise, x, "relu")
+    yield "relu grad", "_pointwise_grad_kernel", functools.partial(pointwise.pointwise_grad, x, x, "relu")
+    for layout, y in (("rows", x[None]), ("columns", x[None].mT)):
+        call = functools.partial(reduce.activation_grad, y, undo=("relu", y), column_sums=dtype)
+        yield f"activation grad {layout}", "_activation_grad_kernel", call
+    for count in (8, 64):
+        partials = _maker(accumulate)(count, 512, 512)
+        call = functools.partial(reduce.sum_partials, partials, t(512, 512), bias=t(512), then="relu")
+        yield f"sum partials {count}", "_sum_partials_kernel", call
+    rows = {f"rows {d}": ("rows", t(4096, d)) for d in _tiles._SOFTMAX_ROWS}
+    shapes = dict(long=(64, 131072), few=(64, 512, 16), short=(64, 32, 4096), tall=(64, 512, 4096), one=(64, 128, 4096))
+    blocks = {f"blocks {name}": ("blocks", t(*shape)) for name, shape in shapes.items()}
+    for name, (design, x) in (rows | blocks).items():
+        forward = functools.partial(softmax.softmax, x, 1, dtype)
+        backward = functools.partial(softmax.softmax_grad, x, x, 1, dtype)
+        if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate):
+            yield f"softmax {name}", f"_softmax_{design}_kernel", forward
+        if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate, gradient=True):
+            yield f"softmax grad {name}", f"_softmax_{design}_grad_kernel", backward
 
 
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
-    return [*_product_cases(target), *_memory_cases()]
+    narrow = [*_product_cases(target), *_memory_cases()]
+    # 64-bit offsets take registers: the tiles for small sizes have room, and the memory-bound kernels must.
+    return narrow + [
+        dataclasses.replace(case, wide=True)
+        for case in narrow
+        if case.dtype in (torch.bfloat16, torch.float32) and (not case.force or "/small" in case.name)
+    ]
 
 
 @contextlib.contextmanager
-def _compiling(target: str, kernel: str, compiled: list[Any]) -> Iterator[None]:
-    """Within, launching `kernel` compiles it for `target`, and launching any other does nothing."""
+def _compiling(target: str, case: Case, compiled: list[Any]) -> Iterator[None]:
+    """Within, launching the case's kernel compiles it for `target`, and launching any other does nothing."""
 
     def launch(launched: Any, programs: int, *args: Any, **meta: Any) -> None:
-        if launched.__name__ == kernel and not compiled:
+        if launched.__name__ == case.kernel and not compiled:
             compiled.append(launched.warmup(*args, grid=(1,), **meta))
 
-    before = _launch.launch, _tiles.device
-    driver.set_active(_OfflineDriver(TARGETS[target]))
+    before = _launch.launch, _launch.wide, _tiles.device
+    driver.set_active(_OfflineDriver(TARGETS[target]))  # type: ignore[arg-type]
     _launch.launch, _tiles.device = launch, lambda device: _tiles.Device(target, 132)
+    if case.wide:
+        _launch.wide = lambda *tensors: True
     try:
         yield
     finally:
-        _launch.launch, _tiles.device = before
+        _launch.launch, _launch.wide, _tiles.device = before
 
 
 def _run(tool: str, *args: str) -> str:
@@ -240,7 +258,7 @@ def audit(index: int, target: str) -> dict[str, Any]:
     compiled: list[Any] = []
     begin = time.perf_counter()
     try:
-        with _tiles.force(**case.force), _compiling(target, case.kernel, compiled):
+        with _tiles.force(**case.force), _compiling(target, case, compiled):
             case.call()
         row["seconds"] = round(time.perf_counter() - begin, 2)
         shared = compiled[0].metadata.shared
@@ -255,7 +273,7 @@ def audit(index: int, target: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.audit", description=__doc__.split("\n")[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(prog="python -m bench.audit", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--match", default="", help="only kernels whose name matches this regular expression")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -263,15 +281,18 @@ def main() -> int:
     options = parser.parse_args()
     if _launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter's kernels can't be compiled")
-    work = [(i, arch) for arch in options.arch for i, case in enumerate(cases(arch)) if re.search(options.match, case.label)]
+    work = [
+        (i, arch) for arch in options.arch for i, case in enumerate(cases(arch)) if re.search(options.match, case.label)
+    ]
+    columns = ("registers", "spills", "shared", "matrix", "async copies", "loads", "128-bit loads", "seconds")
+    print(f"{'kernel':64} {'target':7} " + " ".join(columns))
     rows = []
-    print(f"{'kernel':64} {'target':7} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>6} {'async':>5} {'128/loads':>9} {'s':>5}")
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for row in pool.map(audit, *zip(*work, strict=True), chunksize=4) if work else ():
             rows.append(row)
             if "registers" in row:
-                print(f"{row['kernel']:64} {row['target']:7} {row['registers']:4} {row['spills']:5} {row['shared']:7} {row['matrix']:6} "
-                      f"{row['async copies']:5} {row['128-bit loads']:4}/{row['loads']:<4} {row['seconds']:5}", flush=True)  # fmt: skip
+                cells = (str(row[column]).rjust(len(column)) for column in columns)
+                print(f"{row['kernel']:64} {row['target']:7} " + " ".join(cells), flush=True)
             if "error" in row:
                 print(f"    ERROR {row['kernel']} {row['target']}: {row['error']}", flush=True)
     if options.json:

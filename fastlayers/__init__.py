@@ -1,16 +1,15 @@
 """torch.nn's layers on Triton kernels, forward and backward: the same classes to a program, only faster on a GPU.
 
-    from fastlayers import nn                # instead of torch.nn: ours where we have it, torch's otherwise
-    import fastlayers.functional as F        # instead of torch.nn.functional
-    fastlayers.explain(model, x)             # which path did every layer take, and why?
-    fastlayers.policy("torch")               # "auto" | "triton" | "torch"
+from fastlayers import nn                # instead of torch.nn: ours where we have it, torch's otherwise
+import fastlayers.functional as F        # instead of torch.nn.functional
+fastlayers.explain(model, x)             # which path did every layer take, and why?
+fastlayers.policy("torch")               # "auto" | "triton" | "torch"
 """
 
 from . import functional, nn
 from ._dispatch import Decision, Explanation, NotAccelerated, explain, policy
-from .modules import Conv2d, Linear, ReLU, Sequential, Softmax
-
 from ._version import __version__
+from .modules import Conv2d, Linear, ReLU, Sequential, Softmax
 
 __all__ = [
     "Conv2d",
@@ -21,6 +20,7 @@ __all__ = [
     "ReLU",
     "Sequential",
     "Softmax",
+    "__version__",
     "explain",
     "functional",
     "nn",

@@ -5,6 +5,9 @@ kernels; without one it runs its body, otherwise its *torch twin*, which is torc
 errors. `why_not(...) -> str | None` is the one word for capability everywhere.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# _launch is bound wherever MISSING is None, and only looked at there.
+
 from __future__ import annotations
 
 import contextlib
@@ -170,7 +173,7 @@ def backward_through_torch(*gradients: torch.Tensor | None) -> bool:
             type(g) is not torch.Tensor
             or g.layout is not torch.strided
             or g.is_neg()
-            or torch._C._functorch.is_legacy_batchedtensor(g)
+            or torch._C._functorch.is_legacy_batchedtensor(g)  # pyright: ignore[reportAttributeAccessIssue]
             for g in gradients
             if g is not None
         )
@@ -185,7 +188,9 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
 # --- the door ----------------------------------------------------------------------------------------------------------
 
 
-def accelerated(*, twin: Callable[P, R], why_not: Callable[P, str | None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def accelerated(
+    *, twin: Callable[P, R], why_not: Callable[P, str | None]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a door of a function that calls kernels.
 
     Args:
@@ -252,7 +257,8 @@ class Explanation:
         rows += [(d.module or "-", d.op, d.path, d.reason or ", ".join(d.kernels) or "nothing to do") for d in self]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3] for row in rows
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3]
+            for row in rows
         )
 
 

@@ -20,7 +20,8 @@ def matmul_precision() -> str:
 
 def conv_precision() -> str:
     """ "tf32" if torch allows it for convolutions in cuDNN (torch's default), else "ieee"."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    conv = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
 
 def after_autocast(probe: Probe | None, tensor: torch.Tensor) -> torch.dtype:

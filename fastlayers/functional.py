@@ -1,12 +1,12 @@
 """torch.nn.functional's names and signatures, on Triton kernels where we have them and torch's own otherwise.
 
-    import fastlayers.functional as F
+import fastlayers.functional as F
 """
 
 from typing import Any
 
 import torch.nn.functional as _torch
-from torch.nn.functional import *  # noqa: F403
+from torch.nn.functional import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from .ops.conv import conv2d, conv2d_then
 from .ops.linear import linear, linear_chain

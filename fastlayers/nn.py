@@ -1,15 +1,16 @@
-"""torch.nn, with our classes in place of torch's where we have them: `from fastlayers import nn` changes nothing else."""
+"""torch.nn with our classes where we have them, and torch's own in every other place."""
 
 import sys
 from typing import Any
 
 import torch.nn as _torch
-from torch.nn import *  # noqa: F403
+from torch.nn import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from . import functional
-from .modules import Conv2d, Linear, ReLU, Sequential, Softmax
 
-__all__ = sorted({"Conv2d", "Linear", "ReLU", "Sequential", "Softmax", *(n for n in dir(_torch) if not n.startswith("_"))})
+__all__ = sorted(
+    {"Conv2d", "Linear", "ReLU", "Sequential", "Softmax", *(n for n in dir(_torch) if not n.startswith("_"))}
+)
 
 # `import fastlayers.nn.functional as F`, as with torch.nn
 sys.modules[f"{__name__}.functional"] = functional

@@ -261,9 +261,7 @@ def _conv_weight_grad_kernel(
 
     dw_ptr += split.to(tl.int64) * dw_size
     offsets = ((first_o + o) * dw_o)[:, None] + (c * dw_c + r * dw_r + s * dw_s)[None, :]
-    tl.store(
-        dw_ptr + offsets, accumulator.to(dw_ptr.dtype.element_ty), mask=o_inside[:, None] & column_inside[None, :]
-    )
+    tl.store(dw_ptr + offsets, accumulator.to(dw_ptr.dtype.element_ty), mask=o_inside[:, None] & column_inside[None, :])
 
 
 def _as_matrix(x: torch.Tensor) -> torch.Tensor | None:

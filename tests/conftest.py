@@ -83,6 +83,8 @@ def _strict() -> Iterator[None]:
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
     """Tiles so small that small shapes cross their edges."""
-    tiles = dict(product=Tile(32, 16, 16), pointwise=Tile(1, 64), activation_grad=Tile(16, 16), sum_partials=Tile(2, 32))
+    tiles = dict(
+        product=Tile(32, 16, 16), pointwise=Tile(1, 64), activation_grad=Tile(16, 16), sum_partials=Tile(2, 32)
+    )
     with _tiles.force(**tiles):
         yield

@@ -41,7 +41,9 @@ def torchs(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return module(x)
 
 
-def gradients(call: Callable[[torch.Tensor], torch.Tensor], module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+def gradients(
+    call: Callable[[torch.Tensor], torch.Tensor], module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor
+) -> list[torch.Tensor]:
     """y, then dx and every parameter's gradient."""
     x = x.detach().requires_grad_()
     y = call(x)
@@ -161,7 +163,13 @@ def test_only_what_is_asked_for(variant: Variant, device: torch.device) -> None:
             assert y.requires_grad == any(choice)
             wanted = [t for t in (leaf, *module.parameters()) if t.requires_grad]
             grads = torch.autograd.grad(y.sum() + y.square().sum(), wanted) if wanted else ()
-            results.append((grads, sum(t.nbytes for t in saved), {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}))
+            results.append(
+                (
+                    grads,
+                    sum(t.nbytes for t in saved),
+                    {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved},
+                )
+            )
         (mine, bytes_mine, storages_mine), (other, bytes_other, storages_other) = results
         for a, b in zip(mine, other, strict=True):
             torch.testing.assert_close(a, b)
@@ -181,7 +189,9 @@ def test_autocast(variant: Variant, dtype: torch.dtype, device: torch.device) ->
         assert a.dtype == b.dtype
         params = [list(m.parameters()) for m in (ours, theirs)]
         if params[0]:
-            for p, q in zip(*(torch.autograd.grad(y.float().sum(), ps) for y, ps in zip((a, b), params, strict=True)), strict=True):
+            for p, q in zip(
+                *(torch.autograd.grad(y.float().sum(), ps) for y, ps in zip((a, b), params, strict=True)), strict=True
+            ):
                 assert p.dtype == q.dtype
                 torch.testing.assert_close(p, q, rtol=0.05, atol=0.05)
 
@@ -227,10 +237,14 @@ def test_hooks(variant: Variant, device: torch.device) -> None:
     for module in twins(variant, torch.float32, device):
         seen: list[tuple[str, Any]] = []
         for name, m in module.named_modules():
-            m.register_forward_pre_hook(lambda m, a, n=name, seen=seen: seen.append((f"pre {n}", a[0].detach().clone())))
+            m.register_forward_pre_hook(
+                lambda m, a, n=name, seen=seen: seen.append((f"pre {n}", a[0].detach().clone()))
+            )
             m.register_forward_hook(lambda m, a, y, n=name, seen=seen: seen.append((f"post {n}", y.detach().clone())))
             if not getattr(m, "inplace", False):  # torch forbids a full backward hook around an in-place module
-                m.register_full_backward_hook(lambda m, dx, dy, n=name, seen=seen: seen.append((f"back {n}", dy[0].clone())))
+                m.register_full_backward_hook(
+                    lambda m, dx, dy, n=name, seen=seen: seen.append((f"back {n}", dy[0].clone()))
+                )
         leaf = x.clone().requires_grad_()
         if "inplace" in str(module):
             leaf = leaf * 1

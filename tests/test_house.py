@@ -33,12 +33,18 @@ MAY = {
     "fastlayers/_demo": ({"_dispatch", "kernels", "nn", "modules", "testing", ""}, False),
     "fastlayers/_selfcheck": ({"_dispatch", "kernels", "nn", "modules", "testing", ""}, False),
 }
-SOURCES = sorted([*ROOT.glob("kernels/*.py"), *(p for p in ROOT.glob("fastlayers/**/*.py") if "kernels" not in p.parts[:-1])])
+SOURCES = sorted(
+    [*ROOT.glob("kernels/*.py"), *(p for p in ROOT.glob("fastlayers/**/*.py") if "kernels" not in p.parts[:-1])]
+)
 
 
 def imports(path: Path) -> list[str]:
     """The absolute names of everything a file imports, at any depth, "" standing for fastlayers itself."""
-    package = ["fastlayers", *path.relative_to(ROOT).parts[:-1]] if path.parts[-2] == "kernels" else list(path.relative_to(ROOT).parts[:-1])
+    package = (
+        ["fastlayers", *path.relative_to(ROOT).parts[:-1]]
+        if path.parts[-2] == "kernels"
+        else list(path.relative_to(ROOT).parts[:-1])
+    )
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +68,12 @@ def test_imports_keep_to_the_storeys(path: Path) -> None:
     for imported in imports(path):
         top, *rest = imported.split(".")
         if top == "fastlayers":
-            assert (rest[0] if rest and (len(rest) > 1 or rest[0] in {p.stem for p in SOURCES} | {"kernels", "ops", "modules", "testing"}) else "") in own, imported
+            assert (
+                rest[0]
+                if rest
+                and (len(rest) > 1 or rest[0] in {p.stem for p in SOURCES} | {"kernels", "ops", "modules", "testing"})
+                else ""
+            ) in own, imported
         assert top != "kernels", "Hugging Face ships a package of this name"
         assert triton or top != "triton", imported
         if storey == "kernels":
@@ -122,7 +133,7 @@ def test_interpreter_without_our_shim_is_not_trusted_with_bfloat16() -> None:
         "x = torch.randn(3)\n"
         "print([next(iter(fastlayers.explain(fastlayers.ReLU(), x.to(d)))).reason for d in (torch.float32, torch.bfloat16)])"
     )
-    assert python(code, TRITON_INTERPRET="1") == "[None, \"Triton's interpreter computes bfloat16 wrongly\"]"
+    assert python(code, TRITON_INTERPRET="1") == '[None, "Triton\'s interpreter computes bfloat16 wrongly"]'
 
 
 def test_wheel(tmp_path: Path) -> None:
@@ -147,7 +158,18 @@ def test_wheel(tmp_path: Path) -> None:
         assert str(name if name.parts[0] == "fastlayers" else Path("fastlayers") / name) in files
     # An environment that has torch and triton but not this checkout.
     environment = tmp_path / "environment"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(environment), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(environment),
+        str(wheel),
+    ]
     subprocess.run(install, check=True, capture_output=True)
     done = subprocess.run(
         [sys.executable, "-P", "-c", "import sys, fastlayers, fastlayers.kernels.conv as c; print(fastlayers.__file__, c.__file__)"],
@@ -158,7 +180,9 @@ def test_wheel(tmp_path: Path) -> None:
 
 
 def test_readme_table_is_generated() -> None:
-    assert table() in (ROOT / "README.md").read_text(), "python -c 'from fastlayers.testing import table; print(table())'"
+    assert table() in (ROOT / "README.md").read_text(), (
+        "python -c 'from fastlayers.testing import table; print(table())'"
+    )
 
 
 def test_kernels_are_a_link() -> None:

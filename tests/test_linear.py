@@ -47,7 +47,9 @@ def test_bad_input(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
             FL.linear(*args)
 
 
-@pytest.mark.parametrize("shapes", [((4,), (4,), None), ((3, 4), (5, 4), (1,)), ((3, 4), (5, 4), ()), ((3, 4), (5, 4), (3, 5))])
+@pytest.mark.parametrize(
+    "shapes", [((4,), (4,), None), ((3, 4), (5, 4), (1,)), ((3, 4), (5, 4), ()), ((3, 4), (5, 4), (3, 5))]
+)
 def test_what_torch_takes_and_we_dont(shapes: tuple, device: torch.device) -> None:
     args = [None if s is None else r(s, device=device) for s in shapes]
     with fastlayers.policy("auto"):
@@ -69,7 +71,9 @@ def test_sizes_of_zero(shape: tuple[tuple[int, ...], tuple[int, int]], device: t
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [False, True])
-def test_sums_spread_over_programs(bias: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_spread_over_programs(
+    bias: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few tiles and a long K: shares of the sum in float32, added up in order, then bias and activation."""
     a, b = r(19, 203, device=device, dtype=dtype), r(203, 18, device=device, dtype=dtype)
     c = r(18, device=device, dtype=dtype) if bias else None

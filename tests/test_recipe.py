@@ -70,7 +70,11 @@ def _tile_functions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("make", "torchs"), [(Sigmoid, torch.sigmoid), (Square, torch.square)])
 def test_alone_and_after_a_layer(make: type[torch.nn.Module], torchs, device: torch.device) -> None:
-    for producer, shape in ((nn.Identity, (3, 5)), (lambda: nn.Linear(5, 4), (3, 5)), (lambda: nn.Conv2d(2, 3, 2), (1, 2, 4, 4))):
+    for producer, shape in (
+        (nn.Identity, (3, 5)),
+        (lambda: nn.Linear(5, 4), (3, 5)),
+        (lambda: nn.Conv2d(2, 3, 2), (1, 2, 4, 4)),
+    ):
         model = nn.Sequential(producer(), make()).to(device)
         x = torch.randn(shape, device=device, requires_grad=True)
         y = model(x)
@@ -83,7 +87,9 @@ def test_alone_and_after_a_layer(make: type[torch.nn.Module], torchs, device: to
 
 
 @pytest.mark.parametrize(("make", "fused"), [(Sigmoid, 1), (Square, 2)])
-def test_only_what_saves_its_output_joins_a_producer(make: type[torch.nn.Module], fused: int, device: torch.device) -> None:
+def test_only_what_saves_its_output_joins_a_producer(
+    make: type[torch.nn.Module], fused: int, device: torch.device
+) -> None:
     model = nn.Sequential(nn.Linear(5, 4), make()).to(device)
     assert len(fastlayers.explain(model, torch.randn(3, 5, device=device))) == fused
 

@@ -173,7 +173,12 @@ def test_errors_inside_a_chain_are_torchs(mlp: nn.Sequential, x: torch.Tensor) -
 
 def test_training_step_by_step(mlp: nn.Sequential, device: torch.device) -> None:
     """Weights replaced, edited and moved between calls: nothing about them is remembered."""
-    theirs = torch.nn.Sequential(*(getattr(torch.nn, type(m).__name__)(*([m.in_features, m.out_features] if hasattr(m, "weight") else [])) for m in mlp)).to(device)
+    theirs = torch.nn.Sequential(
+        *(
+            getattr(torch.nn, type(m).__name__)(*([m.in_features, m.out_features] if hasattr(m, "weight") else []))
+            for m in mlp
+        )
+    ).to(device)
     theirs.load_state_dict(mlp.state_dict())
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (mlp, theirs)]
     for step in range(4):

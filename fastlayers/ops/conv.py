@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,9 @@ class _Geometry:
 
 def _pair(value: Any, least: int) -> Pair | None:
     """torch's int or int[2], a single number standing for both; None where torch would object."""
-    pair = (value, value) if type(value) is int else tuple(value) if isinstance(value, (tuple, list, torch.Size)) else ()
+    pair = (
+        (value, value) if type(value) is int else tuple(value) if isinstance(value, (tuple, list, torch.Size)) else ()
+    )
     if len(pair) == 1:
         pair = pair * 2
     if len(pair) != 2 or not all(type(v) is int and v >= least for v in pair):
@@ -224,7 +226,7 @@ def _conv2d(
     return _forward(x, w, b, then, geometry)
 
 
-@accelerated(twin=F.conv2d, why_not=_why_not)
+@accelerated(twin=cast(Any, F.conv2d), why_not=cast(Any, _why_not))
 def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,

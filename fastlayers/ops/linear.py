@@ -1,11 +1,12 @@
 """Linear layers, alone or in a chain with their activations:
 
-    x (*, K), W (N, K), b (N,) -> z = x W^T + b, y = f(z) (*, N)
-    dz = f'(y) dy, dx = dz W, dW = dz^T x, db = sum of dz over rows
+x (*, K), W (N, K), b (N,) -> z = x W^T + b, y = f(z) (*, N)
+dz = f'(y) dy, dx = dz W, dW = dz^T x, db = sum of dz over rows
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ class _Linear(torch.autograd.Function):
         return tuple(grads)
 
 
-def _saved(ctx: Any) -> tuple[int, torch.Tensor | None, Sequence[Any], Sequence[Any]]:
+def _saved(ctx: Any) -> tuple[int, Any, Sequence[Any], Sequence[Any]]:
     """Rows, x as a matrix, weights, and the outputs as matrices: whatever of it was saved."""
     count = len(ctx.thens)
     rows = ctx.x_shape[:-1].numel()
@@ -171,7 +172,9 @@ def _why_not_stage(width: int, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 def _why_not_chain(input: torch.Tensor, stages: Sequence[Stage]) -> str | None:
     params = [p for weight, bias, _ in stages for p in (weight, bias)]
-    reason = _dispatch.why_not(input, *(p for i, p in enumerate(params) if i % 2 == 0 or p is not None), autocast=_probe)
+    reason = _dispatch.why_not(
+        input, *(p for i, p in enumerate(params) if i % 2 == 0 or p is not None), autocast=_probe
+    )
     if reason is not None:
         return reason
     if input.dim() == 0:
@@ -203,13 +206,12 @@ def _twin(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
 
 def _chain(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
     thens = tuple(stage[2] for stage in stages)
-    input, *params = _dtypes.autocast(_probe, input, *(p for stage in stages for p in stage[:2]))
-    if _dispatch.wants_grad(input, *params):
-        return _Linear.apply(input, thens, *params)[0]  # type: ignore[index]
-    output = input
-    for output in _forward(input, thens, params):  # each is freed as soon as the next one is there
-        pass
-    return output
+    x, *params = _dtypes.autocast(_probe, input, *(p for stage in stages for p in stage[:2]))
+    assert x is not None
+    if _dispatch.wants_grad(x, *params):
+        return _Linear.apply(x, thens, *params)[0]  # type: ignore[index]
+    # Of the outputs keep the last alone: each is freed as soon as the next one is there.
+    return collections.deque(_forward(x, thens, params), maxlen=1).pop()
 
 
 @accelerated(twin=F.linear, why_not=_why_not)

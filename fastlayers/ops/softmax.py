@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,5 +78,6 @@ def softmax(
         and sum over long rows: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
     """
     if dim is None:
-        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
-    return _softmax(input, dim, dtype)
+        choose: Any = F._get_softmax_dim  # pyright: ignore[reportAttributeAccessIssue]
+        dim = choose("softmax", input.dim(), _stacklevel)
+    return _softmax(input, cast(int, dim), dtype)

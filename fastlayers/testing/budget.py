@@ -40,7 +40,9 @@ def errors(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> Err
     # Two units in the last place: what CUDA, libm and NumPy document for a single exponential.
     finite = exact[exact.to(ours.dtype).isfinite()]
     eps = 2 * torch.finfo(ours.dtype).eps
-    band = (eps * finite.abs().max().item(), eps * finite.square().mean().sqrt().item()) if finite.numel() else (0.0, 0.0)
+    band = (
+        (eps * finite.abs().max().item(), eps * finite.square().mean().sqrt().item()) if finite.numel() else (0.0, 0.0)
+    )
     torch_errors = measure(torchs)
     if ours.dtype == torch.float64:
         # There is nothing more exact to judge by: `exact` is torch's own result, rounded in another order.

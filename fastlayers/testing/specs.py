@@ -95,7 +95,9 @@ SPECS = [
             (3, 2, 9),
         ),
         conv_relu=(
-            lambda nn: nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 2, stride=2), nn.ReLU(True)),
+            lambda nn: nn.Sequential(
+                nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 2, stride=2), nn.ReLU(True)
+            ),
             (2, 3, 6, 5),
         ),
         mixed=(

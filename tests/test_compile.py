@@ -1,0 +1,25 @@
+"""A few kernels through the compiler, which rejects what the interpreter accepts. `make compile` does them all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# One of every kernel; small tiles compile fastest.
+QUICK = (
+    r"^(matmul .*(16/small|16/large).* bfloat16|conv .*16/small.* bfloat16|relu.* float16|activation grad.* bfloat16"
+    r"|sum partials.* float32|softmax.*(rows 1024|blocks).* float16|.*wide.*)"
+)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_kernel_compiles_without_spills(target: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.audit", "--arch", target, "--match", QUICK, "--jobs", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    passed = int(done.stdout.splitlines()[-1].split()[0])
+    assert passed >= 40

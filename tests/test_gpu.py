@@ -1,0 +1,232 @@
+"""What only a GPU can answer. Skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlayers
+import fastlayers.functional as FL
+from fastlayers import nn
+from fastlayers.testing import SPECS
+
+pytestmark = pytest.mark.gpu
+
+
+def model(device: torch.device) -> torch.nn.Module:
+    layers = (
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+        nn.Softmax(1),
+    )
+    return nn.Sequential(*layers).to(device)
+
+
+def step(net: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    y = net(x)
+    return [y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
+
+
+def expected(net: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    with fastlayers.policy("torch"):
+        return step(net, x)
+
+
+def test_another_device_than_the_current_one() -> None:
+    """Triton launches on the current device, whatever its arguments."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    device = torch.device("cuda", 1)
+    with torch.cuda.device(0):
+        net, x = model(device), torch.randn(4, 3, 6, 6, device=device)
+        torch.testing.assert_close(step(net, x), expected(net, x))
+        assert torch.cuda.current_device() == 0
+
+
+def test_side_stream(device: torch.device) -> None:
+    """Kernels run on the stream that is current, after what was queued there before."""
+    net = model(device)
+    x = torch.zeros(64, 3, 6, 6, device=device)
+    want = expected(net, torch.ones_like(x))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(1)
+        got = step(net, x)
+    stream.synchronize()
+    torch.testing.assert_close(got, want)
+
+
+def test_cuda_graph(device: torch.device) -> None:
+    """Forward and backward captured and replayed on new data: no synchronisation, nothing that depends on data."""
+    net, x = model(device), torch.randn(16, 3, 6, 6, device=device)
+    step(net, x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(net, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(net, x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(captured, expected(net, x))
+
+
+def test_memory_does_not_grow(device: torch.device) -> None:
+    net, x = model(device), torch.randn(16, 3, 6, 6, device=device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+
+    def train(steps: int) -> int:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    before = train(10)
+    assert train(1000) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [1, 16, 100, 1024, 4097])
+@pytest.mark.parametrize(("k", "n"), [(784, 512), (512, 10), (1023, 1000), (4096, 4096)])
+def test_shipped_tiles_of_linear(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The tiles that users get, not the small ones that the contract forces."""
+    layer = nn.Linear(k, n).to(device, dtype)
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    inputs = (x, *layer.parameters())
+    y = layer(x)
+    dy = torch.randn_like(y)
+    mine = [y, *torch.autograd.grad(y, inputs, dy)]
+    with fastlayers.policy("torch"):
+        z = layer(x)
+        other = [z, *torch.autograd.grad(z, inputs, dy)]
+    d = [t.detach().double() for t in (x, layer.weight, layer.bias, dy)]
+    exact = [d[0] @ d[1].T + d[2], d[3] @ d[1], d[3].T @ d[0], d[3].sum(0)]
+    for a, b, c in zip(mine, other, exact, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm() + torch.finfo(dtype).eps * c.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "out", "kernel", "kwargs"),
+    [
+        ((8, 3, 64, 64), 64, 7, dict(stride=2, padding=3)),
+        ((8, 64, 28, 28), 128, 3, dict(padding=1)),
+        ((8, 128, 28, 28), 128, 3, dict(padding=1, stride=2)),
+        ((8, 256, 14, 14), 512, 1, {}),
+        ((8, 256, 14, 14), 512, 1, dict(stride=2)),
+        ((8, 64, 28, 28), 64, 3, dict(padding=1, groups=64)),
+        ((8, 64, 28, 28), 128, 3, dict(padding=2, groups=4, dilation=2)),
+    ],
+)  # fmt: skip
+def test_shipped_tiles_of_conv2d(
+    shape: tuple[int, ...],
+    out: int,
+    kernel: int,
+    kwargs: dict,
+    channels_last: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    layer = nn.Conv2d(shape[1], out, kernel, **kwargs).to(device, dtype, memory_format=format)
+    x = torch.randn(shape, device=device, dtype=dtype).to(memory_format=format).requires_grad_()
+    inputs = (x, *layer.parameters())
+    y = layer(x)
+    dy = torch.randn_like(y)
+    mine = [y, *torch.autograd.grad(y, inputs, dy)]
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    arguments = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    with fastlayers.policy("torch"):
+        z = layer(x)
+        other = [z, *torch.autograd.grad(z, inputs, dy)]
+        exact = F.conv2d(*doubles, *arguments)
+        right = [exact, *torch.autograd.grad(exact, doubles, dy.double())]
+    for a, b, c in zip(mine, other, right, strict=True):
+        assert a.stride() == b.stride()
+        assert (a - c).norm() <= 2 * (b - c).norm() + torch.finfo(dtype).eps * c.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("length", [1, 5, 64, 256, 1000, 8192, 32768, 50257, 262144, 1_000_003])
+def test_shipped_tiles_of_softmax(length: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(7, length, device=device, dtype=dtype, requires_grad=True)
+    y = FL.softmax(x, 1)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = x.detach().double().softmax(1)
+    right = exact * (dy.double() - (dy.double() * exact).sum(1, keepdim=True))
+    z = torch.softmax(x, 1)
+    (dz,) = torch.autograd.grad(z, x, dy)
+    for a, b, c in ((y, z, exact), (dx, dz, right)):
+        assert (a - c).norm() <= 2 * (b - c).norm() + torch.finfo(dtype).eps * c.norm()
+
+
+def test_more_than_two_to_the_31_elements(device: torch.device) -> None:
+    """Offsets past 2**31 in every kind of kernel; the end of each tensor is where a wrapped offset shows."""
+    if torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB")
+    x = torch.randn(2**31 // 4096 + 5, 4096, device=device, dtype=torch.bfloat16)
+    tail = x[-7:].clone()
+    torch.testing.assert_close(FL.relu(x)[-7:], F.relu(tail))
+    torch.testing.assert_close(FL.softmax(x, 1)[-7:], F.softmax(tail, 1))
+    w = torch.randn(64, 4096, device=device, dtype=torch.bfloat16, requires_grad=True)
+    y = FL.linear(x, w)
+    torch.testing.assert_close(y[-7:], F.linear(tail, w), rtol=0.02, atol=0.5)
+    dy = torch.zeros_like(y)
+    dy[-1] = 1
+    (dw,) = torch.autograd.grad(y, w, dy)
+    torch.testing.assert_close(dw, x[-1].expand_as(dw))
+    images = x.view(-1, 4, 32, 32)
+    k = torch.randn(3, 4, 3, 3, device=device, dtype=torch.bfloat16)
+    torch.testing.assert_close(FL.conv2d(images, k)[-2:], F.conv2d(images[-2:], k), rtol=0.02, atol=0.1)
+
+
+def test_more_programs_than_65535(device: torch.device) -> None:
+    x = torch.randn(70_000 * 1024 + 3, device=device)
+    assert torch.equal(FL.relu(x), F.relu(x))
+    y = torch.randn(70_001, 1025, device=device)
+    torch.testing.assert_close(FL.softmax(y, 1), F.softmax(y, 1))
+    z = torch.randn(70_001 * 32, 17, device=device)
+    w = torch.randn(5, 17, device=device)
+    torch.testing.assert_close(FL.linear(z, w), F.linear(z, w))
+
+
+def test_autocast_and_grad_scaler(device: torch.device) -> None:
+    net, x = model(device), torch.randn(8, 3, 6, 6, device=device)
+    twin = [p.detach().clone() for p in net.parameters()]
+    scaler = torch.amp.GradScaler()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cuda", dtype=dtype):
+            loss = net(x).float().square().sum()
+            with fastlayers.policy("torch"):
+                assert net(x).dtype == torch.float32  # softmax is on autocast's float32 list
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), twin, strict=True))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_first_call_is_not_a_benchmark(spec, device: torch.device) -> None:
+    """A new shape costs a compilation at most, never a search: seconds, not minutes."""
+    import time
+
+    begin = time.perf_counter()
+    for variant in spec.variants.values():
+        variant.make(nn).to(device)(torch.randn(variant.shape, device=device))
+    torch.cuda.synchronize()
+    assert time.perf_counter() - begin < 60
