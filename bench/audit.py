@@ -168,6 +168,8 @@ def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
         partials = _maker(accumulate)(count, 512, 512)
         call = functools.partial(reduce.sum_partials, partials, t(512, 512), bias=t(512), then="relu")
         yield f"sum partials {count}", "_sum_partials_kernel", call
+        call = functools.partial(reduce.sum_partials, _maker(accumulate)(count, 512), t(512))
+        yield f"sum partials {count}, one row", "_sum_partials_kernel", call
     rows = {f"rows {d}": ("rows", t(4096, d)) for d in _tiles._SOFTMAX_ROWS}
     shapes = dict(long=(64, 131072), few=(64, 512, 16), short=(64, 32, 4096), tall=(64, 512, 4096), one=(64, 128, 4096))
     blocks = {f"blocks {name}": ("blocks", t(*shape)) for name, shape in shapes.items()}

@@ -34,12 +34,13 @@ def main() -> int:
             print(f'The demo needs {", ".join(missing)}: pip install "fastlayers[demo]"', file=sys.stderr)
             return 2
     _interpret_without_gpu()
+    from . import _selfcheck  # only now: a process that starts over needn't
+
     if arguments.command == "demo":
         from . import _demo
 
-        return _demo.main(arguments.seed, arguments.epochs, arguments.plot)
-    from . import _selfcheck
-
+        with _selfcheck.strict_float32():
+            return _demo.main(arguments.seed, arguments.epochs, arguments.plot, _selfcheck.device())
     return _selfcheck.main(by_command=BY_COMMAND in os.environ)
 
 

@@ -66,11 +66,13 @@ class policy:
         global _policy
         if path not in ("auto", "triton", "torch"):
             raise ValueError(f'policy must be "auto", "triton" or "torch", not {path!r}')
+        self._path: Path = path
         self._before: Path = _policy
         _policy = path
 
     def __enter__(self) -> None:
-        pass
+        global _policy
+        _policy = self._path
 
     def __exit__(self, *_: object) -> None:
         global _policy
@@ -178,6 +180,25 @@ def backward_through_torch(*gradients: torch.Tensor | None) -> bool:
             if g is not None
         )
     )
+
+
+def asked_for(ctx: Any) -> list[bool]:
+    """Which arguments this very backward must give a gradient for: torch.autograd.grad may ask for a few of those that
+    require one. Needs ctx.is_tensor, a bool for each argument of forward."""
+    nodes = (node for node, _ in ctx.next_functions)  # of tensors alone
+    return [
+        needed and _will_run(node)
+        for needed, node in zip(
+            ctx.needs_input_grad, (next(nodes) if tensor else None for tensor in ctx.is_tensor), strict=True
+        )
+    ]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
+        return True
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
@@ -329,7 +350,7 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
             result = call(self, *args, **kwargs)
             if len(recorder.decisions) == before and not any(True for _ in self.children()):
                 name = type(self).__name__
-                recorder.note(Decision(recorder.module, name, "torch", f"{name} is torch.nn's own layer"))
+                recorder.note(Decision(recorder.module, name, "torch", f"{name} is not one of our layers"))
         return result
 
     _recorder = recorder

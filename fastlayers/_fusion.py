@@ -37,7 +37,7 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
 
     for module in modules:
         declared = vars(type(module))
-        alone = _is_watched(module)
+        alone = not isinstance(module, torch.nn.Module) or _is_watched(module)
         record = declared.get("pointwise")
         if not alone and producer and record and record.saves == "output" and stages[-1][1] is None:
             stages[-1] = (stages[-1][0], record)
@@ -69,7 +69,7 @@ def _is_watched(module: torch.nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or any(hasattr(type(module), name) for name in vars(module) if "forward" in name)  # patched on the instance
         or module._compiled_call_impl is not None
         or _torch._has_any_global_hook()
     )

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, nn
-from ._version import __version__
+from . import __version__, _dispatch, nn
 
 # Sizes that no tile divides, so that the kernels' masks count.
 LAYERS: dict[str, tuple[Callable[[Any], torch.nn.Module], tuple[int, ...]]] = {

@@ -7,10 +7,9 @@ import torch.nn as _torch
 from torch.nn import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from . import functional
+from .modules import Conv2d, Linear, ReLU, Sequential, Softmax  # noqa: F401
 
-__all__ = sorted(
-    {"Conv2d", "Linear", "ReLU", "Sequential", "Softmax", *(n for n in dir(_torch) if not n.startswith("_"))}
-)
+__all__ = sorted(n for n in dir(_torch) if not n.startswith("_"))  # pyright: ignore[reportUnsupportedDunderAll]
 
 # `import fastlayers.nn.functional as F`, as with torch.nn
 sys.modules[f"{__name__}.functional"] = functional

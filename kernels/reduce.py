@@ -19,7 +19,7 @@ def _sum_partials_kernel(
         pid = pid.to(tl.int64)
     element = pid * TILE_L + tl.arange(0, TILE_L)
     partial = tl.arange(0, TILE_S)
-    size = M.to(tl.int64) * N
+    size = tl.cast(M, tl.int64) * N  # M may be the constant 1, which has no .to
     inside = element < size
     total = tl.zeros((TILE_L,), partials_ptr.dtype.element_ty)
     for start in range(0, S, TILE_S):
@@ -122,7 +122,7 @@ def activation_grad(
             _activation_grad_kernel, tiles_m * triton.cdiv(n, tile.n),
             dy, saved, out, sums,
             batch, m, n, *dy.stride(), *(none if saved is None else saved.stride()), *(none if out is None else out.stride()),
-            UNDO=epilogues.backward(name), ACC=_tiles.triton_dtype(accumulate), WIDE=_launch.wide(dy, saved, out),
+            UNDO=epilogues.backward(name), ACC=_tiles.triton_dtype(accumulate), WIDE=dy.numel() >= 2**31 or _launch.wide(dy, saved, out),
             TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
         )  # fmt: skip
     dz = dy if out is None else out

@@ -184,13 +184,13 @@ def softmax(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
 def softmax_grad(dy: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     """dx = y (dy - sum dy y), the sum along `dim`.
 
-    Shape: dy and y the same; dy any strides, y contiguous (as softmax returns it); dx contiguous.
+    Shape: dy and y the same, any strides; y is copied unless contiguous, as softmax returns it; dx contiguous.
     Dtype: dx is `dtype`.
     """
     result = _launch.empty(y.shape, dtype=dtype, device=y.device)
     if result.numel() == 0:
         return result
-    dy, y, dx = _rows(dy, dim), _rows(y, dim), _rows(result, dim)
+    dy, y, dx = _rows(dy, dim), _rows(y.contiguous(), dim), _rows(result, dim)
     outer, d, inner = y.shape
     accumulate = torch.promote_types(y.dtype, torch.float32)
     meta = dict(ACC=_tiles.triton_dtype(accumulate), WIDE=_launch.wide(dy, y))

@@ -1,9 +1,9 @@
 """Triton's interpreter, computing what a GPU computes.
 
-Left alone, the interpreter (triton 3.6, 3.7) truncates casts to bfloat16, does arithmetic on bfloat16's *bits*, multiplies
-tf32 operands in full float32, keeps a NaN that the GPU's maximum drops, ignores device_assert and integer overflow, and
-accepts products that the compiler rejects. Tests that pass there would prove little. `install` mends it in place; the
-kernels themselves know nothing of it.
+Left alone, the interpreter (triton 3.6, 3.7) truncates casts to bfloat16, computes with bfloat16's bits as integers,
+multiplies tf32 operands in full float32, keeps a NaN that the GPU's maximum drops, ignores device_assert and integer
+overflow, and accepts products that the compiler rejects. Tests that pass there would prove little. `install` mends it in
+place; the kernels know nothing of it.
 """
 
 import functools

@@ -143,7 +143,7 @@ def _watching(method: Callable) -> Callable:
         args, kwargs = method(self, args, kwargs)
         arguments = [*zip(self.arg_names, args, strict=False), *kwargs.items()]
         tensors = [(name, tensor) for name, argument in arguments for tensor in _tensors(argument)]
-        interpreter.interpreter_builder.launch = _Launch(self.fn.__name__, tensors)
+        Builder.launch = _Launch(self.fn.__name__, tensors)
         return args, kwargs
 
     return watch

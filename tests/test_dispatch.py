@@ -95,7 +95,7 @@ def test_explain_prints_a_table_and_is_data(device: torch.device) -> None:
     ]
     lines = str(explanation).splitlines()
     assert len(lines) == 4
-    assert "Flatten is torch.nn's own layer" in lines[2]
+    assert "Flatten is not one of our layers" in lines[2]
 
 
 def test_explain_leaves_nothing_behind(device: torch.device) -> None:
@@ -199,11 +199,15 @@ def test_drop_in_namespaces() -> None:
     ours = {"Conv2d", "Linear", "ReLU", "Sequential", "Softmax"}
     for name in dir(torch.nn):
         if name in ours:
+            assert getattr(nn, name) is getattr(fastlayers, name)
+            assert getattr(nn, name) is not getattr(torch.nn, name)
             assert issubclass(getattr(nn, name), getattr(torch.nn, name))
         elif name != "functional" and not name.startswith("_"):
             assert getattr(nn, name) is getattr(torch.nn, name), name
     for name in dir(F):
-        if name not in {"conv2d", "linear", "relu", "softmax"} and not name.startswith("_"):
+        if name in {"conv2d", "linear", "relu", "softmax"}:
+            assert getattr(FL, name).__module__.startswith("fastlayers")
+        elif not name.startswith("_"):
             assert getattr(FL, name) is getattr(F, name), name
     with pytest.raises(AttributeError):
         _ = nn.Nothing
@@ -211,3 +215,10 @@ def test_drop_in_namespaces() -> None:
     exec("from fastlayers.nn import *", scope)
     assert scope["Linear"] is fastlayers.Linear
     assert scope["Dropout"] is torch.nn.Dropout
+
+
+def test_policy_object_used_later(device: torch.device) -> None:
+    kept = fastlayers.policy("torch")
+    fastlayers.policy("triton")
+    with kept:
+        assert next(iter(fastlayers.explain(FL.relu, torch.randn(3, device=device)))).path == "torch"

@@ -1,6 +1,7 @@
 """The mended interpreter against torch, and against planted faults, each next to a correct twin."""
 
 import warnings
+from typing import Any
 
 import honest_interpreter
 import numpy as np
@@ -20,6 +21,10 @@ BFLOAT16 = torch.bfloat16
 @pytest.fixture(autouse=True, scope="module")
 def _honest():
     honest_interpreter.install()
+
+
+def _run(kernel: Any, programs, *args, **meta):
+    kernel[(programs,)](*args, **meta)
 
 
 def _every_kind_of_float32(size=2**16):
@@ -60,7 +65,7 @@ def _implicit_cast_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
 def test_casts_to_bfloat16(kernel, dtype):
     x = _every_kind_of_float32().to(dtype)
     y = torch.empty_like(x, dtype=BFLOAT16)
-    kernel[(1,)](x, y, SIZE=len(x))
+    _run(kernel, 1, x, y, SIZE=len(x))
     _assert_same(y, x.to(BFLOAT16))
 
 
@@ -68,16 +73,16 @@ def test_casts_to_bfloat16(kernel, dtype):
 def test_casts_from_bfloat16(dtype):
     x = _every_bfloat16()
     y = torch.empty_like(x, dtype=dtype)
-    _cast_kernel[(1,)](x, y, SIZE=len(x))
+    _run(_cast_kernel, 1, x, y, SIZE=len(x))
     _assert_same(y, x.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.bool])
 def test_casts_between_bfloat16_and_integers(dtype):
     x = torch.randint(-100, 100, (1024,))
-    _cast_kernel[(1,)](x.to(dtype), y := torch.empty(1024, dtype=BFLOAT16), SIZE=1024)
+    _run(_cast_kernel, 1, x.to(dtype), y := torch.empty(1024, dtype=BFLOAT16), SIZE=1024)
     _assert_same(y, x.to(dtype).to(BFLOAT16))
-    _cast_kernel[(1,)](x.to(BFLOAT16), z := torch.empty(1024, dtype=dtype), SIZE=1024)
+    _run(_cast_kernel, 1, x.to(BFLOAT16), z := torch.empty(1024, dtype=dtype), SIZE=1024)
     assert torch.equal(z, x.to(dtype))
 
 
@@ -105,7 +110,7 @@ def test_bfloat16_arithmetic():
     x, y, z = (_every_bfloat16()[torch.randperm(2**16)] for _ in range(3))
     results = torch.empty(11, 2**16, dtype=BFLOAT16)
     comparisons = torch.empty(3, 2**16, dtype=torch.bool)
-    _compute_kernel[(1,)](x, y, z, results, comparisons, SIZE=2**16)
+    _run(_compute_kernel, 1, x, y, z, results, comparisons, SIZE=2**16)
     scaled = (x * torch.tensor(0.7, dtype=BFLOAT16)) + torch.tensor(1.1, dtype=BFLOAT16)
     fma = (x.float() * y.float() + z.float()).to(BFLOAT16)
     pi = torch.full_like(x, 3.14159)
@@ -127,7 +132,7 @@ def _dot_kernel(a_ptr, b_ptr, c_ptr, K: tl.constexpr, PRECISION: tl.constexpr):
 
 def _dot(a, b, precision="ieee", dtype=torch.float32):
     c = torch.empty(16, 16, dtype=dtype)
-    _dot_kernel[(1,)](a, b, c, K=a.shape[1], PRECISION=precision)
+    _run(_dot_kernel, 1, a, b, c, K=a.shape[1], PRECISION=precision)
     return c
 
 
@@ -170,10 +175,10 @@ def _sum_kernel(x_ptr, y_ptr, ACC: tl.constexpr):
 @pytest.mark.parametrize(("dtype", "narrow"), [(BFLOAT16, tl.bfloat16), (torch.float16, tl.float16)])
 def test_sum_in_16_bits(dtype, narrow):
     x, y = torch.randn(64).to(dtype), torch.empty(1)
-    _sum_kernel[(1,)](x, y, ACC=tl.float32)
+    _run(_sum_kernel, 1, x, y, ACC=tl.float32)
     torch.testing.assert_close(y[0], x.float().sum())
     with pytest.raises(InterpreterError, match="convert to float32 first"):
-        _sum_kernel[(1,)](x, y, ACC=narrow)
+        _run(_sum_kernel, 1, x, y, ACC=narrow)
 
 
 @triton.jit
@@ -190,9 +195,9 @@ def _nan_kernel(x_ptr, y_ptr, PROPAGATE: tl.constexpr):
 def test_maximum_loses_nan_as_on_a_gpu(dtype):
     x = torch.tensor([float("nan"), -2.0, 3.0, float("inf")], dtype=dtype)
     y = torch.empty(3, 4, dtype=dtype)
-    _nan_kernel[(1,)](x, y, PROPAGATE=False)
+    _run(_nan_kernel, 1, x, y, PROPAGATE=False)
     assert y.tolist() == [[0, 0, 3, float("inf")], [0, -2, 0, 0], [-1, -1, 1, 1]]
-    _nan_kernel[(1,)](x, y, PROPAGATE=True)
+    _run(_nan_kernel, 1, x, y, PROPAGATE=True)
     assert y[:, 0].isnan().all()
     assert y[:, 1:].tolist() == [[0, 3, float("inf")], [-2, 0, 0], [-1, 1, 1]]
 
@@ -209,7 +214,7 @@ def _extrema_kernel(x_ptr, y_ptr):
 def test_extrema_lose_nan_as_on_a_gpu():
     nan = float("nan")
     x = torch.tensor([[1.0, 2, 3, 4], [nan, 2, 3, 4], [1, nan, nan, nan], [nan, nan, nan, nan]])
-    _extrema_kernel[(1,)](x, y := torch.empty(10))
+    _run(_extrema_kernel, 1, x, y := torch.empty(10))
     torch.testing.assert_close(y, torch.tensor([4, 4, 1, nan, 1, 2, 1, nan, 4, 4]), equal_nan=True)
 
 
@@ -224,7 +229,7 @@ def test_arithmetic_without_a_number_is_silent():
 
     with warnings.catch_warnings(), np.errstate(all="warn"):
         warnings.simplefilter("error")
-        kernel[(1,)](torch.full((16,), float("-inf")), y := torch.zeros(16))
+        _run(kernel, 1, torch.full((16,), float("-inf")), y := torch.zeros(16))
     assert y.isnan().all()
 
 
@@ -237,9 +242,9 @@ def _assert_kernel(x_ptr, LIMIT):
 
 def test_device_assert():
     x = torch.arange(16)
-    _assert_kernel[(1,)](x, 12)
+    _run(_assert_kernel, 1, x, 12)
     with pytest.raises(InterpreterError, match="too large"):
-        _assert_kernel[(1,)](x, 11)
+        _run(_assert_kernel, 1, x, 11)
 
 
 @triton.jit
@@ -252,12 +257,12 @@ def _product_kernel(y_ptr, a, b, WIDE: tl.constexpr):
 
 def test_integer_overflow():
     y = torch.zeros(3, dtype=torch.int64)
-    _product_kernel[(3,)](y, 2**15, 2**15 - 1, WIDE=False)
+    _run(_product_kernel, 3, y, 2**15, 2**15 - 1, WIDE=False)
     assert y.tolist() == [0, 2**30 - 2**15, 2**31 - 2**16]
-    _product_kernel[(3,)](y, 2**15, 2**15, WIDE=True)
+    _run(_product_kernel, 3, y, 2**15, 2**15, WIDE=True)
     assert y.tolist() == [0, 2**30, 2**31]
     with pytest.raises(InterpreterError, match="int32 overflow detected"):
-        _product_kernel[(3,)](y, 2**15, 2**15, WIDE=False)
+        _run(_product_kernel, 3, y, 2**15, 2**15, WIDE=False)
 
 
 @triton.jit
@@ -270,7 +275,7 @@ def _range_kernel(y_ptr, END, STEP: tl.constexpr):
 
 def test_range_to_a_runtime_end():
     """Fails on triton 3.6 with numpy 2.4, unmended."""
-    _range_kernel[(1,)](y := torch.zeros(1, dtype=torch.int32), 40, STEP=16)
+    _run(_range_kernel, 1, y := torch.zeros(1, dtype=torch.int32), 40, STEP=16)
     assert y.item() == 0 + 16 + 32
 
 

@@ -194,3 +194,28 @@ def test_training_step_by_step(mlp: nn.Sequential, device: torch.device) -> None
                     model[2].bias.add_(0.25)
         for p, q in zip(mlp.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q)
+
+
+def test_patched_instances_are_not_fused(device: torch.device) -> None:
+    """Replacing _conv_forward on an instance is how tiling convolutions are made."""
+    layer = nn.Conv2d(1, 1, 1).to(device)
+    layer._conv_forward = lambda input, weight, bias: input * 0 + 7
+    assert nn.Sequential(layer, nn.ReLU())(torch.randn(1, 1, 2, 2, device=device)).unique().tolist() == [7]
+
+
+def test_subclass_of_sequential(device: torch.device) -> None:
+    class Block(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(2, 2), nn.ReLU())
+
+    for joined in (Block() + nn.Sequential(nn.ReLU()), Block() * 2):
+        assert type(joined) is nn.Sequential
+    assert len(fastlayers.explain(Block().to(device), torch.randn(3, 2, device=device))) == 1
+
+
+def test_a_missing_module_is_torchs_error(x: torch.Tensor) -> None:
+    for space in (nn, torch.nn):
+        model = space.Sequential(space.Linear(6, 2), space.ReLU()).to(x.device)
+        model._modules["1"] = None
+        with pytest.raises(TypeError, match="not callable"):
+            model(x)

@@ -11,8 +11,8 @@ class Sequential(nn.Sequential):
     run as one kernel, and consecutive Linear layers as one function for autograd, wherever nobody could tell.
 
     A neighbour keeps to itself if it has a hook (its own or a global one), is a subclass of our class, or has a
-    `forward` of its own: a hook must see the value in between. That is looked up at every call. Slices, sums and
-    products of a Sequential are Sequentials of its own class.
+    `forward` of its own: a hook must see the value in between. That is looked up at every call. Sums and products
+    are Sequentials of ours too.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Sequential.html
     """
@@ -24,7 +24,7 @@ class Sequential(nn.Sequential):
 
     # torch's own build a torch.nn.Sequential, whose forward fuses nothing.
     def __add__(self, other: nn.Sequential) -> "Sequential":
-        return self.__class__(*super().__add__(other))
+        return Sequential(*super().__add__(other))
 
     def __mul__(self, other: int) -> "Sequential":
-        return self.__class__(*super().__mul__(other))
+        return Sequential(*super().__mul__(other))

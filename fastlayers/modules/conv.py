@@ -19,9 +19,9 @@ class Conv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._convolve(input, weight, bias, None)
+        return self._conv_forward_then(input, weight, bias, None)
 
-    def _convolve(
+    def _conv_forward_then(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: Pointwise | None
     ) -> torch.Tensor:
         padding = self.padding
@@ -37,4 +37,4 @@ class Conv2d(nn.Conv2d):
     def forward_fused(input: torch.Tensor, stages: Sequence[tuple[Conv2d, Pointwise | None]]) -> torch.Tensor:
         """A layer and the activation that follows it, in one kernel."""
         ((layer, then),) = stages
-        return layer._convolve(input, layer.weight, layer.bias, then)
+        return layer._conv_forward_then(input, layer.weight, layer.bias, then)

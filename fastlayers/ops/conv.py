@@ -96,7 +96,8 @@ def _forward(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: Pointwise | None, g: _Geometry
 ) -> torch.Tensor:
     size = g.output_size(x.shape[-2:], w.shape[2:])
-    y = _empty((*x.shape[:-3], w.shape[0], *size), x, _is_channels_last(_images(x)) or _is_channels_last(w))
+    channels_last = x.numel() > 0 and (_is_channels_last(_images(x)) or _is_channels_last(w))
+    y = _empty((*x.shape[:-3], w.shape[0], *size), x, channels_last)
     name = None if then is None else then.name
     kernels.conv2d(_images(x), w, b, _images(y), then=name, precision=_dtypes.conv_precision(), **g.arguments())
     return y
@@ -111,17 +112,21 @@ class _Conv2d(torch.autograd.Function):
     ) -> torch.Tensor:
         y = _forward(x, w, b, then, g)
         needs = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        ctx.is_tensor = (True, True, b is not None, False, False)
         ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape = then, g, x.shape, w.shape
         ctx.x_channels_last, ctx.w_channels_last = _is_channels_last(_images(x)), _is_channels_last(w)
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None, None if then is None else y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None, None
+        needs = _dispatch.asked_for(ctx)
         if _dispatch.backward_through_torch(dy):
-            return _backward_torch(ctx, dy)
+            return _backward_torch(ctx, dy, needs)
         x, w, y = ctx.saved_tensors
-        needs = ctx.needs_input_grad
         precision, geometry = _dtypes.conv_precision(), ctx.geometry.arguments()
         undo = None if y is None else (ctx.then.name, _images(y))
         dz, db = kernels.conv2d_output_grad(_images(dy), undo=undo, channel_sums=dy.dtype if needs[2] else None)
@@ -135,10 +140,10 @@ class _Conv2d(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-def _backward_torch(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward_torch(ctx: Any, dy: torch.Tensor, needs: list[bool]) -> tuple[torch.Tensor | None, ...]:
     """The same in differentiable functions of torch."""
     x, w, y = ctx.saved_tensors
-    needs, g = ctx.needs_input_grad, ctx.geometry
+    g = ctx.geometry
     with torch.autocast(dy.device.type, enabled=False):
         dz = dy if y is None else ctx.then.torch_grad(dy, y)
         db = dz.sum([d for d in range(dz.dim()) if d != dz.dim() - 3]) if needs[2] else None

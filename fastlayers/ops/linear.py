@@ -67,19 +67,21 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         count = len(thens)
         outputs = list(_forward(x, thens, params))
-        # flows[i]: the gradient has to reach the input of stage i, because something before it wants one.
-        flows = [needs[0]]
-        for i in range(count):
-            flows.append(flows[-1] or needs[2 + 2 * i] or needs[3 + 2 * i])
+        flows = _flows(needs)
         weights = [params[2 * i] if flows[i] else None for i in range(count)]
         kept = [
             outputs[i] if (thens[i] and flows[i + 1]) or (i + 1 < count and needs[2 + 2 * (i + 1)]) else None
             for i in range(count)
         ]
         ctx.set_materialize_grads(False)
-        ctx.thens, ctx.flows, ctx.x_shape = thens, flows, x.shape
+        ctx.thens, ctx.x_shape = thens, x.shape
+        ctx.is_tensor = (True, False, *(p is not None for p in params))
         ctx.hidden = [i for i in range(count - 1) if kept[i] is not None]
-        ctx.save_for_backward(x if needs[2] else None, *weights, *kept)
+        saved = (x if needs[2] else None, *weights, *kept)
+        # Nothing is saved for a bias alone, and such a graph may be gone through twice, as torch's.
+        ctx.saves = any(t is not None for t in saved)
+        if ctx.saves:
+            ctx.save_for_backward(*saved)
         return (outputs[-1], *(outputs[i] for i in ctx.hidden))
 
     @staticmethod
@@ -87,27 +89,37 @@ class _Linear(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dy is None and all(d is None for d in dhidden):
             return tuple(grads)
+        needs = _dispatch.asked_for(ctx)
         # A hidden output has a gradient of its own only in a second derivative.
         if dy is None or any(d is not None for d in dhidden) or _dispatch.backward_through_torch(dy):
-            _backward_torch(ctx, dy, dict(zip(ctx.hidden, dhidden, strict=True)), grads)
+            _backward_torch(ctx, dy, dict(zip(ctx.hidden, dhidden, strict=True)), needs, grads)
         else:
-            _backward_triton(ctx, dy, grads)
+            _backward_triton(ctx, dy, needs, grads)
         return tuple(grads)
+
+
+def _flows(needs: Sequence[bool]) -> list[bool]:
+    """For every stage, and at last the end: whether the gradient has to reach its input, because x or a parameter of a
+    stage before it wants one."""
+    flows = [needs[0]]
+    for i in range(2, len(needs), 2):
+        flows.append(flows[-1] or needs[i] or needs[i + 1])
+    return flows
 
 
 def _saved(ctx: Any) -> tuple[int, Any, Sequence[Any], Sequence[Any]]:
     """Rows, x as a matrix, weights, and the outputs as matrices: whatever of it was saved."""
     count = len(ctx.thens)
     rows = ctx.x_shape[:-1].numel()
-    x, *rest = ctx.saved_tensors
+    x, *rest = ctx.saved_tensors if ctx.saves else [None] * (1 + 2 * count)
     x = None if x is None else x.reshape(rows, ctx.x_shape[-1])
     outputs = [None if h is None else h.reshape(rows, h.shape[-1]) for h in rest[count:]]
     return rows, x, rest[:count], outputs
 
 
-def _backward_triton(ctx: Any, dy: torch.Tensor, grads: list[torch.Tensor | None]) -> None:
+def _backward_triton(ctx: Any, dy: torch.Tensor, needs: list[bool], grads: list[torch.Tensor | None]) -> None:
     rows, x, weights, outputs = _saved(ctx)
-    thens, needs = ctx.thens, ctx.needs_input_grad
+    thens, flows = ctx.thens, _flows(needs)
     precision = _dtypes.matmul_precision()
     last = len(thens) - 1
 
@@ -125,7 +137,7 @@ def _backward_triton(ctx: Any, dy: torch.Tensor, grads: list[torch.Tensor | None
             source = x if i == 0 else outputs[i - 1]
             assert source is not None
             grads[2 + 2 * i], _ = matmul(dz.T, source, precision=precision)
-        if i > 0 and ctx.flows[i]:
+        if i > 0 and flows[i]:
             dz, grads[1 + 2 * i] = matmul(
                 dz, weights[i], undo=_undo(thens[i - 1], outputs[i - 1]), column_sums=bias_dtype(i - 1), precision=precision
             )  # fmt: skip
@@ -136,11 +148,15 @@ def _backward_triton(ctx: Any, dy: torch.Tensor, grads: list[torch.Tensor | None
 
 
 def _backward_torch(
-    ctx: Any, dy: torch.Tensor | None, dhidden: dict[int, torch.Tensor | None], grads: list[torch.Tensor | None]
+    ctx: Any,
+    dy: torch.Tensor | None,
+    dhidden: dict[int, torch.Tensor | None],
+    needs: list[bool],
+    grads: list[torch.Tensor | None],
 ) -> None:
     """The same in differentiable functions of torch."""
     rows, x, weights, outputs = _saved(ctx)
-    thens, needs = ctx.thens, ctx.needs_input_grad
+    thens, flows = ctx.thens, _flows(needs)
     last = len(thens) - 1
     with torch.autocast(next(d for d in (dy, *dhidden.values()) if d is not None).device.type, enabled=False):
         dh = None if dy is None else dy.reshape(rows, dy.shape[-1])
@@ -150,12 +166,12 @@ def _backward_torch(
                 dh = extra if dh is None else dh + extra
             if dh is None:
                 continue
-            dz = thens[i].torch_grad(dh, outputs[i]) if thens[i] and ctx.flows[i + 1] else dh
+            dz = thens[i].torch_grad(dh, outputs[i]) if thens[i] and flows[i + 1] else dh
             if needs[3 + 2 * i]:
                 grads[3 + 2 * i] = dz.sum(0)
             if needs[2 + 2 * i]:
                 grads[2 + 2 * i] = dz.T @ (x if i == 0 else outputs[i - 1])
-            dh = dz @ weights[i] if ctx.flows[i] else None
+            dh = dz @ weights[i] if flows[i] else None
         if needs[0] and dh is not None:
             grads[0] = dh.reshape(ctx.x_shape)
 

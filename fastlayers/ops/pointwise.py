@@ -40,6 +40,7 @@ class _Pointwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, record: Pointwise, inplace: bool) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         ctx.record = record
         if inplace:
             ctx.mark_dirty(x)
@@ -48,7 +49,9 @@ class _Pointwise(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:
+            return None, None, None
         (saved,) = ctx.saved_tensors
         if _dispatch.backward_through_torch(dy):
             return ctx.record.torch_grad(dy, saved), None, None

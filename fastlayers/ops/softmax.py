@@ -19,16 +19,21 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         ctx.dim, ctx.dtype = dim, x.dtype
         y = kernels.softmax(x, dim, dtype)
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:
+            return None, None, None
         (y,) = ctx.saved_tensors
         if _dispatch.backward_through_torch(dy):
             with torch.autocast(y.device.type, enabled=False):
+                accumulate = torch.promote_types(y.dtype, torch.float32)
+                y, dy = y.to(accumulate), dy.to(accumulate)
                 return (y * (dy - (dy * y).sum(ctx.dim, keepdim=True))).to(ctx.dtype), None, None
         return kernels.softmax_grad(dy, y, ctx.dim, ctx.dtype), None, None
 

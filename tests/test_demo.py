@@ -1,0 +1,107 @@
+"""The demo passes where it should, and fails where it must: wrong numbers, or a layer that torch computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlayers
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from fastlayers import _demo, _selfcheck
+
+LINEAR, CONV = (dataclasses.replace(network, batch=8) for network in _demo.NETWORKS)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_the_command_line() -> Iterator[None]:
+    with fastlayers.policy("auto"), _selfcheck.strict_float32():
+        yield
+
+
+def compare(network: _demo.Network) -> _demo.Outcome:
+    train, test = _demo.digits(_selfcheck.device())
+    few = _demo.Digits(test.images[:8], test.labels[:8])
+    return _demo.compare(network, train, few, seed=0, epochs=1, steps=3)
+
+
+def scaled(f: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., Any]:
+    """The same launcher, but `when` the arguments say so, its result is 1 % too large."""
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = f(*args, **kwargs)
+        if when(**kwargs):
+            (result[0] if isinstance(result, tuple) else args[3] if f.__name__ == "conv2d" else result).mul_(1.01)
+        return result
+
+    return wrong
+
+
+def test_sound_networks_pass(tmp_path: Path) -> None:
+    outcomes = [compare(LINEAR), compare(CONV)]
+    assert [outcome.problems for outcome in outcomes] == [[], []]
+    assert all(layer.backward for outcome in outcomes for layer in outcome.layers if layer.path == "triton")
+    assert all("Flatten" in layer.name for outcome in outcomes for layer in outcome.layers if layer.path == "torch")
+    _demo.plot(outcomes, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_a_wrong_relu_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastlayers.ops.conv as ops
+
+    wrong = scaled(ops.kernels.conv2d, lambda **kwargs: kwargs["then"] == "relu")
+    monkeypatch.setattr(ops.kernels, "conv2d", wrong)
+    (problem,) = compare(CONV).problems
+    assert "stray" in problem
+
+
+def test_a_wrong_weight_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastlayers.ops.linear as ops
+
+    wrong = scaled(ops.matmul, lambda **kwargs: kwargs.keys() == {"precision"})
+    monkeypatch.setattr(ops, "matmul", wrong)
+    (problem,) = compare(LINEAR).problems
+    assert "stray" in problem
+
+
+def test_torchs_path_fails() -> None:
+    with fastlayers.policy("torch"):
+        problems = compare(LINEAR).problems
+    assert len(problems) == 5
+    assert all('was not accelerated: policy is "torch"' in problem for problem in problems)
+
+
+def test_a_problem_is_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared = compare(LINEAR)
+    monkeypatch.setattr(_demo, "NETWORKS", (LINEAR,))
+    monkeypatch.setattr(_demo, "compare", lambda *_, **__: compared)
+    file = tmp_path / "loss.png"
+    assert _demo.main(0, 1, file, _selfcheck.device()) == 0
+    compared.problems.append("something is off")
+    assert _demo.main(0, 1, file, _selfcheck.device()) == 1
+    assert "something is off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layer", _selfcheck.LAYERS)
+def test_selfcheck(layer: str) -> None:
+    assert _selfcheck.problem(layer, torch.float32) is None
+    assert _selfcheck.problem(layer, torch.float64) is None
+
+
+def test_selfcheck_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastlayers.ops.linear as ops
+
+    monkeypatch.setattr(ops, "matmul", scaled(ops.matmul, lambda **kwargs: kwargs.keys() == {"precision"}))
+    found = _selfcheck.problem("Linear", torch.float32)
+    assert found is not None
+    assert found.startswith("gradient of weight is off")
