@@ -29,6 +29,8 @@ def main() -> int:
     if arguments.command == "demo":
         if arguments.epochs is not None and arguments.epochs < 1:
             demo.error("--epochs must be at least 1")
+        if not arguments.plot.parent.is_dir():  # better said now than after two minutes
+            demo.error(f"there is no folder {arguments.plot.parent}")
         missing = [package for module, package in DEMO_NEEDS.items() if importlib.util.find_spec(module) is None]
         if missing:
             print(f'The demo needs {", ".join(missing)}: pip install "fastlayers[demo]"', file=sys.stderr)

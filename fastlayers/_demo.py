@@ -8,9 +8,10 @@ losses from the float64 run is judged by how far these twins stray from it.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
 
 from . import _dispatch, nn
 from ._dispatch import explain
@@ -49,7 +51,7 @@ NETWORKS = (
             nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
         ),
         batch=64,
-        epochs=8,
+        epochs=6,
     ),
     Network(
         "Conv network",
@@ -195,7 +197,8 @@ def compare(
     def fresh(namespace: Any) -> torch.nn.Module:
         model = network.make(namespace)
         model.load_state_dict(state)
-        return model.to(on)
+        # The layout that convolutions like best.
+        return model.to(on).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     ours, torchs = fresh(nn), fresh(torch.nn)
     ours_run = train(ours, train_data, batches, lambda loss: after_step("fastlayers", loss))
@@ -224,7 +227,7 @@ def compare(
 def inspect(model: torch.nn.Module, data: Digits) -> tuple[list[Layer], list[str]]:
     """Which path every layer takes, forward and backward, and what is wrong with that."""
     decisions = list(explain(model, data.images))
-    backwards = list(_backward_launches(F.cross_entropy(model(data.images), data.labels)))
+    backwards = _backward_launches(F.cross_entropy(model(data.images), data.labels))
     layers, problems = [], []
     accelerated: set[str] = set()
     for decision in decisions:
@@ -245,30 +248,22 @@ def inspect(model: torch.nn.Module, data: Digits) -> tuple[list[Layer], list[str
     return layers, problems
 
 
-def _backward_launches(loss: torch.Tensor) -> Iterator[tuple[str, ...]]:
+def _backward_launches(loss: torch.Tensor) -> list[tuple[str, ...]]:
     """Run backward; the kernels that each of our autograd Functions launched in it, in the order of the forward."""
-    nodes = [loss.grad_fn]
-    for node in nodes:  # grows
-        nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes] if node is not None else []
+    nodes: list[Any] = [loss.grad_fn]
+    for node in nodes:  # grows: the whole graph, from the loss to the weights
+        nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes]
     ours = [n for n in nodes if getattr(type(n), "_forward_cls", type(n)).__module__.startswith("fastlayers.")]
-    launches: dict[Any, list[str]] = {}
-    if _dispatch.MISSING is None:
-        trace = _dispatch._launch
-
-        for node in ours:
-            assert node is not None
-            launches[node] = []
-
-            def begin(_: Any, launched: list[str] = launches[node]) -> None:
-                trace.trace = launched
-
-            def end(*_: Any) -> None:
-                trace.trace = None
-
-            node.register_prehook(begin)
-            node.register_hook(end)
+    launches: list[list[str]] = [[] for _ in ours]
+    for node, launched in zip(ours, launches, strict=True):
+        node.register_prehook(functools.partial(_listen, launched))
+        node.register_hook(functools.partial(_listen, None))
     loss.backward()
-    return (tuple(launched) for launched in reversed(list(launches.values())))
+    return [tuple(launched) for launched in reversed(launches)]
+
+
+def _listen(launched: list[str] | None, *_: Any) -> None:
+    _dispatch._launch.trace = launched
 
 
 def results(outcomes: Sequence[Outcome]) -> Table:
@@ -323,7 +318,7 @@ def plot(outcomes: Sequence[Outcome], file: Path) -> None:
         below.set_yscale("log")
         below.set_ylabel("distance from float64")
         below.set_xlabel("step")
-        below.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, frameon=False)
+    figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("Handwritten digits: the same weights and batches, trained with torch.nn and with fastlayers")
     figure.savefig(file, dpi=130)
 
@@ -357,7 +352,6 @@ def main(seed: int, epochs: int | None, file: Path, on: torch.device) -> int:
         print(f"There is nothing to show: {_dispatch.MISSING}, so every layer takes torch's path.", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    torch.set_num_threads(1)  # more only wait for each other in networks as small as these
     interactive = sys.stdout.isatty()
     console = Console(highlight=False, width=None if interactive else 120)
     interpreted = on.type == "cpu"
@@ -370,7 +364,8 @@ def main(seed: int, epochs: int | None, file: Path, on: torch.device) -> int:
     for network in NETWORKS:
         count = epochs or network.epochs
         ticker = Ticker(console, network, count, len(train_data.labels))
-        with ticker.progress:
+        # One thread: several would only wait for each other in networks as small as these.
+        with ticker.progress, threadpool_limits(1):
             outcomes.append(compare(network, train_data, test_data, seed, count, after_step=ticker))
     console.print()
     console.print(results(outcomes))

@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[Callable[[Any], torch.nn.Module], tuple[int, ...]]] = {
 @contextlib.contextmanager
 def strict_float32() -> Iterator[None]:
     """float32 without TF32, in torch and in the kernels, which read the same switches."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"

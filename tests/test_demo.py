@@ -23,7 +23,7 @@ LINEAR, CONV = (dataclasses.replace(network, batch=8) for network in _demo.NETWO
 
 @pytest.fixture(autouse=True)
 def _as_on_the_command_line() -> Iterator[None]:
-    with fastlayers.policy("auto"), _selfcheck.strict_float32():
+    with fastlayers.policy("auto"), _selfcheck.strict_float32(), _demo.threadpool_limits(1):
         yield
 
 
