@@ -103,7 +103,7 @@ def _product_cases(target: str) -> Iterator[Case]:
                 calls = [c for c in calls if c[0] == "matmul" and "undo" not in c[1]]
             if size in ("medium", "skinny"):
                 calls = [c for c in calls if c[0] == "matmul" or c[1] != "weight grad"]
-            if size == "small":
+            if size == "gather":
                 calls += [("matmul odd", *call) for call in _matmul_calls(1, dtype, precision)]
                 calls += [("conv stem", *call) for call in _stem_calls(dtype, precision)]
             for family, direction, kernel, call in calls:
@@ -185,11 +185,10 @@ def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
     narrow = [*_product_cases(target), *_memory_cases()]
-    # 64-bit offsets take registers: the tiles for small sizes have room, and the memory-bound kernels must.
     return narrow + [
         dataclasses.replace(case, wide=True)
         for case in narrow
-        if case.dtype in (torch.bfloat16, torch.float32) and (not case.force or "/small" in case.name)
+        if case.dtype in (torch.bfloat16, torch.float32) and (not case.force or "/gather" in case.name)
     ]
 
 

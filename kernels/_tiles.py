@@ -55,23 +55,28 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 # Matrix products, matmul and convolution alike, by (kind of arithmetic, size class).
 #   "16"   float16 and bfloat16 on tensor cores        "tf32"  float32 on tensor cores
 #   "ieee" strict float32, without tensor cores        "64"    float64
+# "gather" is for operands that can't be loaded 128 bits at a time, and for offsets of 64 bits.
 _PRODUCT = {
     ("16", "large"): Tile(128, 256, 32, warps=8, stages=3),
     ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
     ("16", "small"): Tile(64, 64, 64, warps=4, stages=3),
     ("16", "skinny"): Tile(16, 128, 64, warps=4, stages=3),
+    ("16", "gather"): Tile(64, 64, 32, warps=8, stages=3),
     ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=3),
     ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
     ("tf32", "small"): Tile(64, 64, 32, warps=4, stages=3),
     ("tf32", "skinny"): Tile(16, 64, 64, warps=4, stages=3),
+    ("tf32", "gather"): Tile(32, 64, 32, warps=8, stages=2),
     ("ieee", "large"): Tile(128, 128, 16, warps=8, stages=3),
     ("ieee", "medium"): Tile(128, 64, 16, warps=8, stages=3),
     ("ieee", "small"): Tile(32, 32, 16, warps=4, stages=3),
     ("ieee", "skinny"): Tile(16, 64, 32, warps=4, stages=3),
+    ("ieee", "gather"): Tile(32, 32, 16, warps=8, stages=2),
     ("64", "large"): Tile(64, 64, 16, warps=8, stages=2),
     ("64", "medium"): Tile(64, 32, 16, warps=4, stages=1),
     ("64", "small"): Tile(32, 32, 16, warps=8, stages=2),
     ("64", "skinny"): Tile(16, 32, 16, warps=4, stages=2),
+    ("64", "gather"): Tile(32, 32, 16, warps=8, stages=2),
 }
 
 # Where a target has room for more: shared memory, or registers in that target's code.
@@ -93,7 +98,7 @@ _SUM_PARTIALS = (Tile(4, 512, warps=4), Tile(32, 64, warps=4))
 # Softmax rows by the power of two that holds them; beyond the last, blocks.
 _SOFTMAX_ROWS = {
     **{n: Tile(512 // n, n, warps=4) for n in (1, 2, 4, 8)},  # unaligned: narrow loads, many registers
-    **{n: Tile(2048 // n, n, warps=4) for n in (16, 32, 64, 128, 256)},
+    **{n: Tile(1024 // n, n, warps=4) for n in (16, 32, 64, 128, 256)},
     512: Tile(2, 512, warps=4),
     1024: Tile(1, 1024, warps=4),
     2048: Tile(1, 2048, warps=4),
@@ -144,11 +149,12 @@ def _product(
     """The largest tile that compiles without spills and still gives most multiprocessors something to do."""
     kind = _arithmetic(dtype, precision)
     tiles = products(device.architecture)
+    if not vectors:
+        return tiles[kind, "gather"]
     if m <= 16 and n >= 64:
         return tiles[kind, "skinny"]
-    # Element by element, loads need the registers that a large tile takes; so does an epilogue that reads a tile.
-    sizes = ("large", "medium") if vectors and light else ("medium",) if vectors else ()
-    for size in sizes:
+    # An epilogue that reads a tile needs the registers that the large one takes.
+    for size in ("large", "medium") if light else ("medium",):
         tile = tiles[kind, size]
         programs = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
         if size == "medium" and light:
@@ -171,7 +177,8 @@ def matmul(
     """Tile and number of shares of K for (m, k) @ (k, n).
 
     Args:
-        vectors: both operands can be loaded 128 bits at a time.
+        vectors: both operands can be loaded 128 bits at a time. Element by element, or with offsets of 64 bits, the
+            addresses alone fill the registers of all but small tiles.
         light: the epilogue reads no tile from memory and sums no columns; otherwise K is not shared out.
     """
     if "product" in forced:
@@ -195,7 +202,7 @@ def conv(pixels: int, channels: int, dtype: torch.dtype, precision: str, device:
 
 
 def conv_weight_grad(
-    channels: int, columns: int, pixels: int, groups: int, dtype: torch.dtype, precision: str, device: Device
+    channels: int, columns: int, pixels: int, groups: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool
 ) -> tuple[Tile, int]:
     """Tile and number of shares of the pixels for a weight gradient seen as (channels, pixels) @ (pixels, columns)."""
     if "product" in forced:
@@ -203,7 +210,7 @@ def conv_weight_grad(
     elif device.architecture == "interpreter":
         return _INTERPRETER, 1
     else:
-        tile = products(device.architecture)[_arithmetic(dtype, precision), "small"]
+        tile = products(device.architecture)[_arithmetic(dtype, precision), "small" if vectors else "gather"]
     programs = triton.cdiv(channels, tile.m) * triton.cdiv(columns, tile.n) * groups
     return tile, _splits(programs, triton.cdiv(pixels, tile.k), device)
 

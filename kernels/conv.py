@@ -328,15 +328,15 @@ def conv2d(
     pixels, o = n * oh * ow, o // groups
     accumulate = torch.promote_types(x.dtype, torch.float32)
     w = _with_layout_of(x, w)
-    device = _tiles.device(x.device)
-    vectors = _channels_are_vectors(x, w)
-    tile = _tiles.conv(pixels, o, x.dtype, precision, device, vectors=vectors and c % 64 == 0)
+    wide = _launch.wide(x, w, y)
+    vectors = not wide and c % 64 == 0 and _channels_are_vectors(x, w)
+    tile = _tiles.conv(pixels, o, x.dtype, precision, _tiles.device(x.device), vectors=vectors)
     _launch.launch(
         _conv_kernel, triton.cdiv(pixels, tile.m) * triton.cdiv(o, tile.n) * groups,
         x, w, bias, y, pixels, c, height, width, o, oh, ow, *x.stride(), *w.stride(), *y.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         THEN=epilogues.forward(then), ACC=_tiles.triton_dtype(accumulate), PRECISION=precision,
-        WIDE=_launch.wide(x, w, y), ONE_TAP=c % tile.k == 0,
+        WIDE=wide, ONE_TAP=c % tile.k == 0,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
@@ -394,15 +394,15 @@ def conv2d_input_grad(
     pixels = n * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
     accumulate = torch.promote_types(dz.dtype, torch.float32)
     w = _with_layout_of(dz, w)
-    device = _tiles.device(dz.device)
-    vectors = _channels_are_vectors(dz, w)
-    tile = _tiles.conv(pixels, c, dz.dtype, precision, device, vectors=vectors and o % 64 == 0)
+    wide = _launch.wide(dz, w, dx)
+    vectors = not wide and o % 64 == 0 and _channels_are_vectors(dz, w)
+    tile = _tiles.conv(pixels, c, dz.dtype, precision, _tiles.device(dz.device), vectors=vectors)
     _launch.launch(
         _conv_input_grad_kernel, triton.cdiv(pixels, tile.m) * triton.cdiv(c, tile.n) * classes * groups,
         dz, w, dx, n, c, height, width, o, oh, ow, *dz.stride(), *w.stride(), *dx.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
-        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=_launch.wide(dz, w, dx), ONE_TAP=o % tile.k == 0,
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, ONE_TAP=o % tile.k == 0,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dx
@@ -434,7 +434,11 @@ def conv2d_weight_grad(
     o = o // groups
     pixels, columns = n * oh * ow, r * s * c
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    tile, splits = _tiles.conv_weight_grad(o, columns, pixels, groups, x.dtype, precision, _tiles.device(x.device))
+    wide = _launch.wide(dz, x, dw)
+    tile, splits = _tiles.conv_weight_grad(
+        o, columns, pixels, groups, x.dtype, precision, _tiles.device(x.device),
+        vectors=not wide and _channels_are_vectors(dz, x),
+    )  # fmt: skip
     per_split = triton.cdiv(triton.cdiv(pixels, tile.k), splits) * tile.k
     out = dw if splits == 1 else _launch.empty((splits, dw.numel()), dtype=accumulate, device=dw.device)
     _launch.launch(
@@ -442,7 +446,7 @@ def conv2d_weight_grad(
         dz, x, out, pixels, c, height, width, o, oh, ow, per_split, dw.numel(),
         *dz.stride(), *x.stride(), *dw.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
-        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=_launch.wide(dz, x, dw), SPLITS=splits,
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, SPLITS=splits,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:

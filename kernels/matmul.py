@@ -102,13 +102,14 @@ def matmul(
     accumulate = torch.promote_types(a.dtype, torch.float32)
     if out is None:
         out = _launch.empty((m, n), dtype=a.dtype, device=a.device)
+    saved = None if undo is None else undo[1]
+    wide = _launch.wide(a, b, out, saved)
     tile, splits = _tiles.matmul(
         m, n, k, a.dtype, precision, _tiles.device(a.device),
-        vectors=_launch.vectors(a) and _launch.vectors(b), light=undo is None and column_sums is None,
+        vectors=not wide and _launch.vectors(a) and _launch.vectors(b), light=undo is None and column_sums is None,
     )  # fmt: skip
     tiles_m, tiles_n = triton.cdiv(m, tile.m), triton.cdiv(n, tile.n)
     k_per_split = triton.cdiv(triton.cdiv(k, tile.k), splits) * tile.k
-    saved = None if undo is None else undo[1]
     sums = None
     if column_sums is not None:
         sums = _launch.empty((tiles_m, n), dtype=accumulate, device=a.device)
@@ -119,7 +120,7 @@ def matmul(
         m, n, k, *a.stride(), *b.stride(), *c.stride()[-2:], *(saved.stride() if saved is not None else (0, 0)),
         k_per_split,
         THEN=epilogues.forward(then), UNDO=epilogues.backward(undo[0] if undo else None), ACC=_tiles.triton_dtype(accumulate),
-        PRECISION=precision, WIDE=_launch.wide(a, b, out, saved), K_FITS=k % tile.k == 0, SPLITS=splits, GROUP=8,
+        PRECISION=precision, WIDE=wide, K_FITS=k % tile.k == 0, SPLITS=splits, GROUP=8,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:

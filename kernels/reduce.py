@@ -59,35 +59,34 @@ def sum_partials(
 @triton.jit
 def _activation_grad_kernel(
     dy_ptr, saved_ptr, dz_ptr, sums_ptr,
-    BATCH, M, N, dy_b, dy_m, dy_n, saved_b, saved_m, saved_n, dz_b, dz_m, dz_n,
+    ROWS, M, N, dy_b, dy_m, dy_n, saved_b, saved_m, saved_n, dz_b, dz_m, dz_n,
     UNDO: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of dz and the sums of its columns.
+    """One program: TILE_M of the B*M rows by TILE_N columns of dz, and the sums of its columns.
 
     Reads a tile of dy and of what the activation saved; writes dz, unless there is no activation to undo, and one row
     of partial column sums, unless nobody asked.
     """
-    tiles_m = tl.cdiv(M, TILE_M)
     tiles_n = tl.cdiv(N, TILE_N)
     pid_n = tl.program_id(0) % tiles_n
-    row = tl.program_id(0) // tiles_n
-    batch = row // tiles_m
-    pid_m = row % tiles_m
+    pid_m = tl.program_id(0) // tiles_n
     if WIDE:
-        batch, pid_m, pid_n = batch.to(tl.int64), pid_m.to(tl.int64), pid_n.to(tl.int64)
-    m = pid_m * TILE_M + tl.arange(0, TILE_M)
+        pid_m, pid_n = pid_m.to(tl.int64), pid_n.to(tl.int64)
+    row = pid_m * TILE_M + tl.arange(0, TILE_M)
     n = pid_n * TILE_N + tl.arange(0, TILE_N)
+    b = row // M
+    m = row % M
     n_inside = n < N
-    inside = (m < M)[:, None] & n_inside[None, :]
-    dz = tl.load(dy_ptr + batch * dy_b + (m[:, None] * dy_m + n[None, :] * dy_n), mask=inside, other=0.0).to(ACC)
+    inside = (row < ROWS)[:, None] & n_inside[None, :]
+    dz = tl.load(dy_ptr + ((b * dy_b + m * dy_m)[:, None] + (n * dy_n)[None, :]), mask=inside, other=0.0).to(ACC)
     if UNDO is not None:
-        offsets = batch * saved_b + (m[:, None] * saved_m + n[None, :] * saved_n)
+        offsets = (b * saved_b + m * saved_m)[:, None] + (n * saved_n)[None, :]
         dz = UNDO(dz, tl.load(saved_ptr + offsets, mask=inside, other=0.0).to(ACC))
         dz = tl.where(inside, dz, 0.0)
-        offsets = batch * dz_b + (m[:, None] * dz_m + n[None, :] * dz_n)
+        offsets = (b * dz_b + m * dz_m)[:, None] + (n * dz_n)[None, :]
         tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=inside)
     if sums_ptr is not None:
-        tl.store(sums_ptr + (row.to(tl.int64) * N + n), tl.sum(dz, axis=0), mask=n_inside)
+        tl.store(sums_ptr + (tl.cast(pid_m, tl.int64) * N + n), tl.sum(dz, axis=0), mask=n_inside)
 
 
 def activation_grad(
@@ -112,7 +111,7 @@ def activation_grad(
     if saved is not None and out is None:
         out = _launch.empty_like(saved, dy.dtype)
     tile = _tiles.activation_grad(rows_are_contiguous=dy.stride(1) == 1 and dy.stride(2) != 1)
-    tiles_m = batch * triton.cdiv(m, tile.m)
+    tiles_m = triton.cdiv(batch * m, tile.m)
     sums = None
     if column_sums is not None:
         sums = _launch.empty((tiles_m, n), dtype=accumulate, device=dy.device)
@@ -121,7 +120,7 @@ def activation_grad(
         _launch.launch(
             _activation_grad_kernel, tiles_m * triton.cdiv(n, tile.n),
             dy, saved, out, sums,
-            batch, m, n, *dy.stride(), *(none if saved is None else saved.stride()), *(none if out is None else out.stride()),
+            batch * m, m, n, *dy.stride(), *(none if saved is None else saved.stride()), *(none if out is None else out.stride()),
             UNDO=epilogues.backward(name), ACC=_tiles.triton_dtype(accumulate), WIDE=dy.numel() >= 2**31 or _launch.wide(dy, saved, out),
             TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
         )  # fmt: skip

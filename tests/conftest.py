@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
+
+# The interpreter multiplies small matrices in NumPy: threads of its own only get in each other's way.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:

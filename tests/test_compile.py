@@ -10,8 +10,8 @@ import pytest
 
 # One of every kernel; small tiles compile fastest.
 QUICK = (
-    r"^(matmul .*(16/small|16/large).* bfloat16|conv .*16/small.* bfloat16|relu.* float16|activation grad.* bfloat16"
-    r"|sum partials.* float32|softmax.*(rows 1024|blocks).* float16|.*wide.*)"
+    r"^((matmul|conv) .*16/(small|gather|large).* bfloat16|relu.* float16|activation grad.* bfloat16( wide)?"
+    r"|sum partials.* float32|softmax.*(rows 1024|blocks).* float16)$"
 )
 
 
