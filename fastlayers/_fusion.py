@@ -19,9 +19,14 @@ from ._dispatch import fused
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
+_PATCHED = frozenset({"forward", "_conv_forward"})
+"""Methods that people replace on a single instance."""
+
 
 def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
     """The steps that compute the modules in order. Made anew at every call: hooks come and go."""
+    if torch.compiler.is_compiling():
+        return list(modules)  # torch's own functions are traced, and fusing them is the compiler's work
     steps: list[Step] = []
     producer: Any = None  # the class of the run of layers being gathered
     stages: list[tuple[torch.nn.Module, Any]] = []
@@ -69,7 +74,7 @@ def _is_watched(module: torch.nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or any(hasattr(type(module), name) for name in vars(module) if "forward" in name)  # patched on the instance
+        or not _PATCHED.isdisjoint(vars(module))
         or module._compiled_call_impl is not None
         or _torch._has_any_global_hook()
     )
