@@ -3,9 +3,10 @@
     python -m bench.audit [--arch sm_90 ...] [--match softmax] [--jobs 2] [--json FILE]
 
 The launchers themselves run, on meta tensors, with a driver that compiles instead of launching: so the specialisation
-(alignment, sizes equal to 1, 64-bit offsets) is that of a real launch, and no argument list is written twice. What the
-interpreter accepts and the compiler rejects, a spill, or a tile that does not fit into shared memory ends with exit
-status 1. Never in a process with TRITON_INTERPRET=1.
+(alignment, sizes equal to 1, 64-bit offsets) is that of a real launch, and no argument list is written twice. Exit status
+1 for what the interpreter accepts and the compiler rejects, for a spill, for a tile that does not fit into shared memory,
+and on NVIDIA for an access narrower than 128 bits in a kernel that memory decides. Never in a process with
+TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -72,6 +73,12 @@ class Case:
     force: dict[str, Tile]
     wide: bool = False
     """Compiled for offsets of 64 bits."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether memory alone decides the speed, so that every load and store must be 128 bits wide. Rows of up to 8
+        elements, which aren't aligned, can't be."""
+        return re.match(r"relu|softmax (grad )?(rows \d\d|blocks)", self.name) is not None
 
     @property
     def label(self) -> str:
@@ -232,14 +239,15 @@ def _read(target: str, compiled: Any) -> dict[str, int]:
         def count(pattern: str) -> int:
             return len(re.findall(pattern, sass))
 
-        wide = [int(bits) for bits in re.findall(r"\bLDG\.E\.(?:\w+\.)*?(64|128)\b", sass)]
         return {
             "registers": number(r"REG:(\d+)", usage),
             "spills": count(r"\b(?:STL|LDL)\b"),
             "matrix": count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTC\w*MMA|DMMA)\b"),
             "async copies": count(r"\bLDGSTS\b"),
             "loads": count(r"\bLDG\b"),
-            "128-bit loads": wide.count(128),
+            "128-bit loads": count(r"\bLDG\.E\.(?:\w+\.)*128\b"),
+            "stores": count(r"\bSTG\b"),
+            "128-bit stores": count(r"\bSTG\.E\.(?:\w+\.)*128\b"),
         }
     assembly = compiled.asm["amdgcn"]
     return {
@@ -249,6 +257,8 @@ def _read(target: str, compiled: Any) -> dict[str, int]:
         "async copies": 0,
         "loads": len(re.findall(r"(?:global|buffer)_load", assembly)),
         "128-bit loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        "stores": len(re.findall(r"(?:global|buffer)_store", assembly)),
+        "128-bit stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly)),
     }
 
 
@@ -268,6 +278,12 @@ def audit(index: int, target: str) -> dict[str, Any]:
             row["error"] = f"needs {shared} bytes of shared memory, {target} has {SHARED_MEMORY[target]}"
         elif row["spills"] > 0:
             row["error"] = f"{row['spills']} spills"
+        elif (
+            case.streams
+            and target.startswith("sm_")
+            and (row["loads"] > row["128-bit loads"] or row["stores"] > row["128-bit stores"])
+        ):
+            row["error"] = f"narrow loads or stores: {row}"
     except Exception as error:
         row["error"] = f"does not compile: {type(error).__name__}: {error}"[:500]
     return row
@@ -285,7 +301,7 @@ def main() -> int:
     work = [
         (i, arch) for arch in options.arch for i, case in enumerate(cases(arch)) if re.search(options.match, case.label)
     ]
-    columns = ("registers", "spills", "shared", "matrix", "async copies", "loads", "128-bit loads", "seconds")
+    columns = ("registers", "spills", "shared", "matrix", "async copies", "loads", "128-bit loads", "stores", "seconds")
     print(f"{'kernel':64} {'target':7} " + " ".join(columns))
     rows = []
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:

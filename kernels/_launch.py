@@ -15,7 +15,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """True if the kernels were decorated under TRITON_INTERPRET=1 and so run on CPU tensors, program by program."""
 
 bfloat16_is_exact: bool = not INTERPRETED
-"""Triton's interpreter truncates bfloat16 and computes with its bits as integers; the test suite mends it and says so here."""
+"""The interpreter truncates bfloat16 and computes with its bits as integers; the test suite mends it and says so here."""
 
 trace: list[str] | None = None
 """While `fastlayers.explain` listens: one line for every launch."""

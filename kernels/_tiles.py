@@ -202,7 +202,15 @@ def conv(pixels: int, channels: int, dtype: torch.dtype, precision: str, device:
 
 
 def conv_weight_grad(
-    channels: int, columns: int, pixels: int, groups: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool
+    channels: int,
+    columns: int,
+    pixels: int,
+    groups: int,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    *,
+    vectors: bool,
 ) -> tuple[Tile, int]:
     """Tile and number of shares of the pixels for a weight gradient seen as (channels, pixels) @ (pixels, columns)."""
     if "product" in forced:

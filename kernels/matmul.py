@@ -119,8 +119,8 @@ def matmul(
         a, b, c, bias if splits == 1 else None, saved, sums,
         m, n, k, *a.stride(), *b.stride(), *c.stride()[-2:], *(saved.stride() if saved is not None else (0, 0)),
         k_per_split,
-        THEN=epilogues.forward(then), UNDO=epilogues.backward(undo[0] if undo else None), ACC=_tiles.triton_dtype(accumulate),
-        PRECISION=precision, WIDE=wide, K_FITS=k % tile.k == 0, SPLITS=splits, GROUP=8,
+        THEN=epilogues.forward(then), UNDO=epilogues.backward(undo[0] if undo else None),
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, K_FITS=k % tile.k == 0, SPLITS=splits, GROUP=8,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:

@@ -117,11 +117,13 @@ def activation_grad(
         sums = _launch.empty((tiles_m, n), dtype=accumulate, device=dy.device)
     if saved is not None or sums is not None:
         none = (0, 0, 0)
+        wide = dy.numel() >= 2**31 or _launch.wide(dy, saved, out)
         _launch.launch(
             _activation_grad_kernel, tiles_m * triton.cdiv(n, tile.n),
             dy, saved, out, sums,
-            batch * m, m, n, *dy.stride(), *(none if saved is None else saved.stride()), *(none if out is None else out.stride()),
-            UNDO=epilogues.backward(name), ACC=_tiles.triton_dtype(accumulate), WIDE=dy.numel() >= 2**31 or _launch.wide(dy, saved, out),
+            batch * m, m, n, *dy.stride(),
+            *(none if saved is None else saved.stride()), *(none if out is None else out.stride()),
+            UNDO=epilogues.backward(name), ACC=_tiles.triton_dtype(accumulate), WIDE=wide,
             TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
         )  # fmt: skip
     dz = dy if out is None else out

@@ -12,7 +12,7 @@ import pytest
 # The interpreter multiplies small matrices in NumPy: threads of its own only get in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:

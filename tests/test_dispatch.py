@@ -76,7 +76,7 @@ def test_policies(device: torch.device) -> None:
             (decision,) = fastlayers.explain(FL.relu, x)
             assert decision.path == "triton"
         assert next(iter(fastlayers.explain(FL.relu, x))).path == "torch"
-    with fastlayers.policy("triton"), pytest.raises(NotAccelerated, match="relu: dtype torch.int64"):
+    with fastlayers.policy("triton"), pytest.raises(NotAccelerated, match=r"relu: dtype torch\.int64"):
         FL.relu(x.long())
     fastlayers.policy("torch")  # without a block it stays
     assert next(iter(fastlayers.explain(FL.relu, x))).path == "torch"

@@ -172,7 +172,7 @@ def test_wheel(tmp_path: Path) -> None:
     ]
     subprocess.run(install, check=True, capture_output=True)
     done = subprocess.run(
-        [sys.executable, "-P", "-c", "import sys, fastlayers, fastlayers.kernels.conv as c; print(fastlayers.__file__, c.__file__)"],
+        [sys.executable, "-c", "import fastlayers, fastlayers.kernels.conv as c; print(fastlayers.__file__, c.__file__)"],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(environment)},
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def test_inplace_where_torch_objects_nothing_is_modified(case: str, device: torc
 
 def test_other_dtypes_are_torchs(device: torch.device) -> None:
     x = torch.arange(-3, 3, device=device)
-    with pytest.raises(fastlayers.NotAccelerated, match="dtype torch.int64"):
+    with pytest.raises(fastlayers.NotAccelerated, match=r"dtype torch\.int64"):
         FL.relu(x)
     with fastlayers.policy("auto"):
         assert torch.equal(FL.relu(x), F.relu(x))
