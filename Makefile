@@ -17,7 +17,7 @@ compile: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # torch first and by exact version: asked for by anything else, pip may take another build of it.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -47,11 +47,15 @@ def wide(*tensors: torch.Tensor | None) -> bool:
 
 
 def vectors(matrix: torch.Tensor) -> bool:
-    """Whether a matrix, or a batch of images with contiguous channels, can be loaded 128 bits at a time."""
+    """Whether a matrix, or a batch of images with contiguous channels, is loaded 128 bits at a time.
+
+    Triton compiles for that if it knows the pointer, the strides, and the length that the mask of the contiguous dimension
+    ends at, to be divisible by 16; of a stride of 24, say, it knows nothing.
+    """
     if 1 not in matrix.stride() or matrix.data_ptr() % 16:
         return False
-    itemsize = matrix.element_size()
-    return all(s == 1 or s * itemsize % 16 == 0 for s, n in zip(matrix.stride(), matrix.shape, strict=True) if n > 1)
+    sizes_and_strides = zip(matrix.shape, matrix.stride(), strict=True)
+    return all((n if s == 1 else s) % 16 == 0 for n, s in sizes_and_strides if n > 1)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
@@ -65,7 +69,7 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     if trace is not None:
         trace.append(_describe(kernel, programs, meta))
     device = args[0].device
-    if device.type == "cpu":
+    if INTERPRETED:
         guard = _interpreter
     elif device.index != torch.cuda.current_device():
         guard = torch.cuda.device(device)

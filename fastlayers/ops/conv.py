@@ -97,6 +97,8 @@ def _forward(
 ) -> torch.Tensor:
     size = g.output_size(x.shape[-2:], w.shape[2:])
     channels_last = x.numel() > 0 and (_is_channels_last(_images(x)) or _is_channels_last(w))
+    if x.is_cuda and x.dtype == torch.float64:
+        channels_last = False  # cuDNN has no NHWC for float64, so torch's result is NCHW
     y = _empty((*x.shape[:-3], w.shape[0], *size), x, channels_last)
     name = None if then is None else then.name
     kernels.conv2d(_images(x), w, b, _images(y), then=name, precision=_dtypes.conv_precision(), **g.arguments())
