@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,17 +13,23 @@ import fastlayers.functional as FL
 from fastlayers import nn
 from fastlayers.kernels import _tiles
 from fastlayers.kernels._tiles import Tile
-from fastlayers.testing import assert_within_budget
+from fastlayers.testing import assert_within_budget, neighbours
 
 
 def check(x: torch.Tensor, dim: int) -> None:
     dy = torch.randn_like(x)
-    results = []
-    for softmax, own in ((FL.softmax, x), (F.softmax, x), (F.softmax, x.double())):
-        leaf = own.detach().clone().requires_grad_()
+
+    def run(
+        softmax: Callable[..., torch.Tensor], x: torch.Tensor, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x.detach().requires_grad_()
         y = softmax(leaf, dim)
-        results.append((y, torch.autograd.grad(y, leaf, dy.to(y.dtype))[0]))
-    for name, a, b, c in zip(("y", "dx"), *results, strict=True):
+        return y, torch.autograd.grad(y, leaf, dy)[0]
+
+    torchs = [run(F.softmax, *moved) for moved in neighbours(x, dy)]
+    for name, a, c, *b in zip(
+        ("y", "dx"), run(FL.softmax, x, dy), run(F.softmax, x.double(), dy.double()), *torchs, strict=True
+    ):
         assert_within_budget(a, b, c, name)
         assert a.is_contiguous()
 

@@ -5,6 +5,7 @@ float64 itself has no better judge than torch's float64, and gets sixteen such b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,23 @@ class Errors:
         return all(ours <= allowed for ours, allowed in zip(self.ours, self.allowed, strict=True))
 
 
-def errors(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> Errors:
-    """The errors of two results of the same dtype; `exact` is the float64 result. NaN where `exact` has none, or the
-    other way around, is an infinite error; infinities must agree."""
+def neighbours(*tensors: torch.Tensor, count: int = 4) -> list[tuple[torch.Tensor, ...]]:
+    """The tensors, and, in float32, as often as `count` with every element moved to the next number up or down.
+
+    torch's error on a single input is a matter of luck where terms cancel. Its largest error on inputs that float32 can't
+    tell apart is not. In 16 bits the last rounding decides alone, and moving the input would only loosen the budget.
+    """
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        away = torch.where(torch.rand_like(x) < 0.5, float("inf"), float("-inf"))
+        return torch.nextafter(x, away) if x.dtype == torch.float32 else x
+
+    return [tensors, *(tuple(map(moved, tensors)) for _ in range(count if tensors[0].dtype == torch.float32 else 0))]
+
+
+def errors(ours: torch.Tensor, torchs: Sequence[torch.Tensor], exact: torch.Tensor) -> Errors:
+    """The errors of ours, and the largest of torch's results; `exact` is the float64 result. NaN where `exact` has none,
+    or the other way around, is an infinite error; infinities must agree."""
 
     def measure(result: torch.Tensor) -> tuple[float, float]:
         # What is beyond the dtype's range is rightly infinite in it.
@@ -44,7 +59,8 @@ def errors(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> Err
     band = (
         (eps * finite.abs().max().item(), eps * finite.square().mean().sqrt().item()) if finite.numel() else (0.0, 0.0)
     )
-    torch_errors = measure(torchs)
+    each = [measure(result) for result in torchs]
+    torch_errors = max(e[0] for e in each), max(e[1] for e in each)
     if ours.dtype == torch.float64:
         # There is nothing more exact to judge by: `exact` is torch's own result, rounded in another order.
         return Errors(measure(ours), torch_errors, (16 * band[0], 16 * band[1]))
@@ -53,14 +69,21 @@ def errors(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> Err
     return Errors(measure(ours), torch_errors, (2 * base[0] + band[0], 2 * base[1] + band[1]))
 
 
-def assert_within_budget(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, what: str = "result") -> None:
-    """Shape, dtype, strides as torch's; error at most twice torch's own, plus the band.
+def assert_within_budget(
+    ours: torch.Tensor, torchs: torch.Tensor | Sequence[torch.Tensor], exact: torch.Tensor, what: str = "result"
+) -> None:
+    """Shape, dtype, device as torch's; error at most twice torch's own, plus the band.
+
+    Args:
+        torchs: torch's result, or those on `neighbours` of the input, the input's own first.
 
     Raises:
         AssertionError: with the three errors.
     """
-    assert ours.shape == torchs.shape, f"{what}: shape {tuple(ours.shape)}, torch's is {tuple(torchs.shape)}"
-    assert ours.dtype == torchs.dtype, f"{what}: dtype {ours.dtype}, torch's is {torchs.dtype}"
-    assert ours.device == torchs.device, f"{what}: on {ours.device}, torch's is on {torchs.device}"
-    found = errors(ours.detach(), torchs.detach(), exact.detach())
+    several = [torchs] if isinstance(torchs, torch.Tensor) else torchs
+    first = several[0]
+    assert ours.shape == first.shape, f"{what}: shape {tuple(ours.shape)}, torch's is {tuple(first.shape)}"
+    assert ours.dtype == first.dtype, f"{what}: dtype {ours.dtype}, torch's is {first.dtype}"
+    assert ours.device == first.device, f"{what}: on {ours.device}, torch's is on {first.device}"
+    found = errors(ours.detach(), [t.detach() for t in several], exact.detach())
     assert found.within, f"{what}: (max, rms) error {found.ours}, torch's {found.torchs}, allowed {found.allowed}"
