@@ -332,7 +332,7 @@ def conv2d(
     vectors = not wide and c % 64 == 0 and _channels_are_vectors(x, w)
     tile = _tiles.conv(pixels, o, x.dtype, precision, _tiles.device(x.device), vectors=vectors)
     _launch.launch(
-        _conv_kernel, triton.cdiv(pixels, tile.m) * triton.cdiv(o, tile.n) * groups,
+        _conv_kernel, _tiles.cdiv(pixels, tile.m) * _tiles.cdiv(o, tile.n) * groups,
         x, w, bias, y, pixels, c, height, width, o, oh, ow, *x.stride(), *w.stride(), *y.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         THEN=epilogues.forward(then), ACC=_tiles.triton_dtype(accumulate), PRECISION=precision,
@@ -391,14 +391,14 @@ def conv2d_input_grad(
     o = o // groups
     classes = stride[0] * stride[1]
     # The largest class: its tiles are what every class is given.
-    pixels = n * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
+    pixels = n * _tiles.cdiv(height, stride[0]) * _tiles.cdiv(width, stride[1])
     accumulate = torch.promote_types(dz.dtype, torch.float32)
     w = _with_layout_of(dz, w)
     wide = _launch.wide(dz, w, dx)
     vectors = not wide and o % 64 == 0 and _channels_are_vectors(dz, w)
     tile = _tiles.conv(pixels, c, dz.dtype, precision, _tiles.device(dz.device), vectors=vectors)
     _launch.launch(
-        _conv_input_grad_kernel, triton.cdiv(pixels, tile.m) * triton.cdiv(c, tile.n) * classes * groups,
+        _conv_input_grad_kernel, _tiles.cdiv(pixels, tile.m) * _tiles.cdiv(c, tile.n) * classes * groups,
         dz, w, dx, n, c, height, width, o, oh, ow, *dz.stride(), *w.stride(), *dx.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
@@ -439,10 +439,10 @@ def conv2d_weight_grad(
         o, columns, pixels, groups, x.dtype, precision, _tiles.device(x.device),
         vectors=not wide and _channels_are_vectors(dz, x),
     )  # fmt: skip
-    per_split = triton.cdiv(triton.cdiv(pixels, tile.k), splits) * tile.k
+    per_split = _tiles.cdiv(_tiles.cdiv(pixels, tile.k), splits) * tile.k
     out = dw if splits == 1 else _launch.empty((splits, dw.numel()), dtype=accumulate, device=dw.device)
     _launch.launch(
-        _conv_weight_grad_kernel, triton.cdiv(o, tile.m) * triton.cdiv(columns, tile.n) * splits * groups,
+        _conv_weight_grad_kernel, _tiles.cdiv(o, tile.m) * _tiles.cdiv(columns, tile.n) * splits * groups,
         dz, x, out, pixels, c, height, width, o, oh, ow, per_split, dw.numel(),
         *dz.stride(), *x.stride(), *dw.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],

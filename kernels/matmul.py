@@ -108,8 +108,8 @@ def matmul(
         m, n, k, a.dtype, precision, _tiles.device(a.device),
         vectors=not wide and _launch.vectors(a) and _launch.vectors(b), light=undo is None and column_sums is None,
     )  # fmt: skip
-    tiles_m, tiles_n = triton.cdiv(m, tile.m), triton.cdiv(n, tile.n)
-    k_per_split = triton.cdiv(triton.cdiv(k, tile.k), splits) * tile.k
+    tiles_m, tiles_n = _tiles.cdiv(m, tile.m), _tiles.cdiv(n, tile.n)
+    k_per_split = _tiles.cdiv(_tiles.cdiv(k, tile.k), splits) * tile.k
     sums = None
     if column_sums is not None:
         sums = _launch.empty((tiles_m, n), dtype=accumulate, device=a.device)

@@ -55,7 +55,7 @@ def _launch_flat(kernel: object, tensors: tuple[torch.Tensor, ...], **meta: obje
     size, tile = out.numel(), _tiles.pointwise()
     accumulate = torch.promote_types(out.dtype, torch.float32)
     _launch.launch(
-        kernel, triton.cdiv(size, tile.n), *tensors, size,
+        kernel, _tiles.cdiv(size, tile.n), *tensors, size,
         ACC=_tiles.triton_dtype(accumulate), WIDE=size >= 2**31, TILE=tile.n, num_warps=tile.warps, **meta,
     )  # fmt: skip
 

@@ -48,7 +48,7 @@ def sum_partials(
     out_m, out_n = out.stride() if out.dim() == 2 else (0, out.stride(0))
     tile = _tiles.sum_partials(s)
     _launch.launch(
-        _sum_partials_kernel, triton.cdiv(m * n, tile.n),
+        _sum_partials_kernel, _tiles.cdiv(m * n, tile.n),
         partials, out, bias, s, m, n, out_m, out_n,
         THEN=epilogues.forward(then), WIDE=m * n >= 2**31 or _launch.wide(out),
         TILE_S=tile.m, TILE_L=tile.n, num_warps=tile.warps,
@@ -111,7 +111,7 @@ def activation_grad(
     if saved is not None and out is None:
         out = _launch.empty_like(saved, dy.dtype)
     tile = _tiles.activation_grad(rows_are_contiguous=dy.stride(1) == 1 and dy.stride(2) != 1)
-    tiles_m = triton.cdiv(batch * m, tile.m)
+    tiles_m = _tiles.cdiv(batch * m, tile.m)
     sums = None
     if column_sums is not None:
         sums = _launch.empty((tiles_m, n), dtype=accumulate, device=dy.device)
@@ -119,7 +119,7 @@ def activation_grad(
         none = (0, 0, 0)
         wide = dy.numel() >= 2**31 or _launch.wide(dy, saved, out)
         _launch.launch(
-            _activation_grad_kernel, tiles_m * triton.cdiv(n, tile.n),
+            _activation_grad_kernel, tiles_m * _tiles.cdiv(n, tile.n),
             dy, saved, out, sums,
             batch * m, m, n, *dy.stride(),
             *(none if saved is None else saved.stride()), *(none if out is None else out.stride()),

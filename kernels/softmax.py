@@ -167,14 +167,14 @@ def softmax(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     tile = _tiles.softmax_rows(d, accumulate) if inner == 1 else None
     if tile is not None:
         _launch.launch(
-            _softmax_rows_kernel, triton.cdiv(outer, tile.m),
+            _softmax_rows_kernel, _tiles.cdiv(outer, tile.m),
             x, out, outer, d, *x.stride()[:2], out.stride(0),
             **meta, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
         )  # fmt: skip
     else:
         tile = _tiles.softmax_blocks(d, inner, accumulate)
         _launch.launch(
-            _softmax_blocks_kernel, outer * triton.cdiv(inner, tile.n),
+            _softmax_blocks_kernel, outer * _tiles.cdiv(inner, tile.n),
             x, out, d, inner, *x.stride(), *out.stride()[:2],
             **meta, ONE_BLOCK=d <= tile.m, TILE_D=tile.m, TILE_I=tile.n, num_warps=tile.warps,
         )  # fmt: skip
@@ -197,14 +197,14 @@ def softmax_grad(dy: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype
     tile = _tiles.softmax_rows(d, accumulate, gradient=True) if inner == 1 else None
     if tile is not None:
         _launch.launch(
-            _softmax_rows_grad_kernel, triton.cdiv(outer, tile.m),
+            _softmax_rows_grad_kernel, _tiles.cdiv(outer, tile.m),
             dy, y, dx, outer, d, *dy.stride()[:2], y.stride(0),
             **meta, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
         )  # fmt: skip
     else:
         tile = _tiles.softmax_blocks(d, inner, accumulate)
         _launch.launch(
-            _softmax_blocks_grad_kernel, outer * triton.cdiv(inner, tile.n),
+            _softmax_blocks_grad_kernel, outer * _tiles.cdiv(inner, tile.n),
             dy, y, dx, d, inner, *dy.stride(), *y.stride()[:2],
             **meta, ONE_BLOCK=d <= tile.m, TILE_D=tile.m, TILE_I=tile.n, num_warps=tile.warps,
         )  # fmt: skip
