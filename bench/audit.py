@@ -189,6 +189,7 @@ def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
             yield f"softmax grad {name}", f"_softmax_{design}_grad_kernel", backward
 
 
+@functools.cache
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
     narrow = [*_product_cases(target), *_memory_cases()]

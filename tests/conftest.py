@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ import honest_interpreter  # noqa: E402
 import sanitizer  # noqa: E402
 
 import fastlayers  # noqa: E402
+from fastlayers._selfcheck import strict_float32  # noqa: E402
 from fastlayers.kernels import _launch, _tiles  # noqa: E402
 from fastlayers.kernels._tiles import Tile  # noqa: E402
 
@@ -51,11 +53,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _fresh_random_data(request: pytest.FixtureRequest) -> None:
     """New data in every run; the header says how to get the same again."""
-    torch.manual_seed(int(os.environ["FASTLAYERS_TEST_SEED"]) ^ (hash_of(request.node.nodeid)))
-
-
-def hash_of(text: str) -> int:
-    return int.from_bytes(text.encode()[-8:], "little") & 0x7FFFFFFF
+    torch.manual_seed(int(os.environ["FASTLAYERS_TEST_SEED"]) ^ zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +74,8 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _strict() -> Iterator[None]:
     """Kernels or an error, strict float32, and nothing left behind."""
-    matmul, conv = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    with fastlayers.policy("triton"):
+    with strict_float32(), fastlayers.policy("triton"):
         yield
-    torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = matmul, conv
 
 
 @pytest.fixture

@@ -187,10 +187,8 @@ def _why_not_stage(width: int, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def _why_not_chain(input: torch.Tensor, stages: Sequence[Stage]) -> str | None:
-    params = [p for weight, bias, _ in stages for p in (weight, bias)]
-    reason = _dispatch.why_not(
-        input, *(p for i, p in enumerate(params) if i % 2 == 0 or p is not None), autocast=_probe
-    )
+    params = (p for weight, bias, _ in stages for p in ((weight,) if bias is None else (weight, bias)))
+    reason = _dispatch.why_not(input, *params, autocast=_probe)
     if reason is not None:
         return reason
     if input.dim() == 0:
