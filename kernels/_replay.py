@@ -1,0 +1,273 @@
+"""What launchers did before, done again without their Python.
+
+A launcher looks at nothing of its tensors but sizes, strides, dtype, device and alignment (kernels/README.md). So what it
+allocates and launches for some tensors is what it would for any others that agree in these: `Replayable` writes it down
+the second time it sees their like, and from then on looks it up under one key, allocates, and calls Triton's compiled
+launchers with the new addresses. Of a tensor nothing is kept, neither address nor reference.
+
+What is not of that kind is found out while it is written down, and takes the ordinary way for good: a torch function that
+computes or copies, a view that begins elsewhere than its tensor, two arguments at one address, empty tensors, Triton
+descriptors, kernels that need scratch memory. So does every call while somebody wants to see each launch.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.driver import driver
+
+from . import _launch, _tiles
+
+Tensors = Sequence[torch.Tensor | None]
+Results = tuple[torch.Tensor | None, ...]
+Found = tuple["_Take", list[int | None]]
+"""A take, and None followed by the addresses of the tensors that it was found for."""
+
+LIMIT = 4096
+"""So many kinds of arguments are remembered for one function; then all are forgotten."""
+
+_HIP = torch.version.hip is not None
+_launcher = _launch.launch
+_runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
+
+
+def _unobserved() -> bool:
+    """Whether nobody wants to see launches as they are made: explain, a profiler's hooks, whoever replaced `launch`."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return (
+        _launch.trace is None
+        and _launch.launch is _launcher
+        and not getattr(enter, "calls", enter)
+        and not getattr(leave, "calls", leave)
+        and getattr(_runtime, "add_stages_inspection_hook", None) is None
+    )
+
+
+class _Take:
+    """What was written down of one call."""
+
+    def __init__(self, recorder: "_Recorder", result: Callable[[list[Any]], Results]):
+        self.index, self.device = recorder.index, recorder.device
+        self.result = result
+        self.steps = recorder.steps
+        kernels = {id(kernel): kernel for kernel in recorder.kernels}
+        self.hooks = [kernel.pre_run_hooks for kernel in kernels.values()]
+
+    def play(self, tensors: Tensors, addresses: list[int | None]) -> Results | None:
+        """Do it again with these tensors. None if that can't be after all: nothing was done then that matters."""
+        for hooks in self.hooks:
+            if hooks:
+                return None
+        active = driver.active
+        if self.index == active.get_current_device():
+            return self._launch(tensors, addresses, active)
+        with torch.cuda.device(self.index):
+            return self._launch(tensors, addresses, active)
+
+    def _launch(self, tensors: Tensors, addresses: list[int | None], active: Any) -> Results | None:
+        device, allocate = self.device, _launch.allocate
+        stream = active.get_current_stream(self.index)
+        held = [None, *tensors]
+        for fresh, programs, run, function, metadata, pointers, rest, dead in self.steps:
+            for size, stride, dtype in fresh:
+                tensor = allocate(size, stride, dtype=dtype, device=device)
+                address = tensor.data_ptr()
+                if address & 15:
+                    return None  # compiled for what is aligned
+                held.append(tensor)
+                addresses.append(address)
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *pointers(addresses), *rest)
+            for slot in dead:
+                held[slot] = None
+        return self.result(held)
+
+
+class _InterpretedTake(_Take):
+    """The same, with the interpreter instead of a GPU: it wants tensors, of the sizes that the launcher gave it."""
+
+    def __init__(self, recorder: "_Recorder", result: Callable[[list[Any]], Results]):
+        self.device, self.result, self.steps = recorder.device, result, recorder.steps
+
+    def play(self, tensors: Tensors, addresses: list[int | None]) -> Results | None:
+        held: list[torch.Tensor | None] = [None, *tensors]
+        for fresh, programs, kernel, views, rest, dead in self.steps:
+            for size, stride, dtype in fresh:
+                held.append(_launch.allocate(size, stride, dtype=dtype, device=self.device))
+            args = [None if view is None else cast(Any, held[slot]).detach().as_strided(*view) for slot, view in views]
+            _launch.launch(kernel, programs, *args, *rest[0], **rest[1])
+            for slot in dead:
+                held[slot] = None
+        return self.result(held)
+
+
+class _Recorder(TorchDispatchMode):
+    """Listens to one call: slot 0 stands for None, then come its tensors, then what it allocates."""
+
+    def __init__(self, tensors: Tensors):
+        super().__init__()
+        some = next(t for t in tensors if t is not None)
+        self.index, self.device = some.get_device(), some.device
+        self.held: list[torch.Tensor | None] = [None, *tensors]  # held to the end, so that no address comes twice
+        self.inputs = len(self.held)
+        self.steps: list[tuple[Any, ...]] = []
+        self.kernels: list[Any] = []
+        self.used: list[set[int]] = []
+        self.fresh: list[tuple[Any, ...]] = []
+        self.quiet = False
+        self.fits = all(t is None or t.numel() > 0 for t in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.quiet:
+            self.fits = self.fits and not func._schema.is_mutable and bool(args) and _begins_where(result, args[0])
+        return result
+
+    def allocate(self, size: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        self.quiet = True
+        tensor = _launch.allocate(size, stride, dtype=dtype, device=device)
+        self.quiet = False
+        address = tensor.data_ptr()
+        self.fits = self.fits and device == self.device and address != 0 and (_launch.INTERPRETED or address % 16 == 0)
+        self.held.append(tensor)
+        self.fresh.append((tuple(size), tuple(stride), dtype))
+        return tensor
+
+    def launched(self, kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any], compiled: Any) -> None:
+        count = max((i for i, a in enumerate(args) if isinstance(a, torch.Tensor)), default=0) + 1
+        slots = [self._slot(a) for a in args[:count]]
+        if -1 in slots or len(slots) < 2:
+            self.fits = False
+            return
+        fresh, self.fresh = tuple(self.fresh), []
+        if _launch.INTERPRETED:
+            views = [None if a is None else (a.shape, a.stride()) for a in args[:count]]
+            step = (fresh, programs, kernel, list(zip(slots, views, strict=True)), (args[count:], meta))
+        else:
+            self.fits = (
+                self.fits
+                and type(kernel) is triton.JITFunction
+                and type(compiled) is triton.compiler.CompiledKernel
+                and compiled.metadata.global_scratch_size == 0
+                and compiled.metadata.profile_scratch_size == 0
+            )
+            if not self.fits:
+                return
+            named = [meta.get(p.name, p.default) for p in kernel.params[len(args) :]]
+            rest = (*args[count:], *named)
+            step = (
+                fresh, programs, compiled.run, compiled.function, compiled.packed_metadata,
+                operator.itemgetter(*slots), rest,
+            )  # fmt: skip
+            self.kernels.append(kernel)
+        self.used.append(set(slots))
+        self.steps.append(step)
+
+    def _slot(self, argument: Any) -> int:
+        """Which of the tensors a launch was given, by its address; -1 for what can't be told or is no tensor."""
+        if argument is None:
+            return 0
+        if not isinstance(argument, torch.Tensor):
+            return -1
+        address = argument.data_ptr()
+        found = [i for i, t in enumerate(self.held) if t is not None and t.data_ptr() == address]
+        return found[0] if len(found) == 1 else -1
+
+    def take(self, results: Results) -> _Take | None:
+        """All of it, if it can be done again."""
+        slots = [next((i for i, t in enumerate(self.held) if t is r), -1) for r in results]
+        if not self.fits or self.fresh or -1 in slots or not self.steps:
+            return None
+        for i, step in enumerate(self.steps):
+            later = set(slots).union(*self.used[i + 1 :])
+            dead = tuple(slot for slot in self.used[i] if slot >= self.inputs and slot not in later)
+            self.steps[i] = (*step, dead)
+        if len(slots) == 1:
+            (slot,) = slots
+            result = lambda held: (held[slot],)  # noqa: E731
+        else:
+            result = operator.itemgetter(*slots)
+        return (_InterpretedTake if _launch.INTERPRETED else _Take)(self, result)
+
+
+def _begins_where(result: Any, tensor: Any) -> bool:
+    """Whether `result` is a view of `tensor` that begins where it does."""
+    return (
+        isinstance(result, torch.Tensor)
+        and isinstance(tensor, torch.Tensor)
+        and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        and result.data_ptr() == tensor.data_ptr()
+    )
+
+
+class Replayable:
+    """Decorates a function `work(tensors, *options) -> tensors` that only allocates and launches.
+
+    Args:
+        work: of a sequence of tensors or None, all on one device, and of hashable options; returns a tuple of some that
+            it allocated, of some that it was given, and of None. Whatever else it depends on must be among the options.
+    """
+
+    def __init__(self, work: Callable[..., Results]):
+        self.work = work
+        self.takes: dict[tuple[Any, ...], _Take | bool] = {}
+
+    def _key(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int | None]]:
+        active = None if _launch.INTERPRETED else driver.active
+        key: list[Any] = [options, active, _runtime.debug, _compilation.instrumentation_mode]
+        if _tiles.forced:
+            key += _tiles.forced.items()
+        addresses: list[int | None] = [None]
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                addresses.append(None)
+            else:
+                address = tensor.data_ptr()
+                key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address & 15)
+                if _HIP:  # Triton's code for AMD differs for what 32 bits can address
+                    key.append(tensor.untyped_storage().nbytes() < 2**31)
+                addresses.append(address)
+        return tuple(key), addresses
+
+    def find(self, tensors: Tensors, *options: Any) -> Found | None:
+        """The take for these tensors, if there is one and nobody would miss the launches."""
+        if not self.takes or not _unobserved():
+            return None
+        try:
+            key, addresses = self._key(tensors, options)
+        except RuntimeError:  # no strides, no memory: not our kind of tensor
+            return None
+        take = self.takes.get(key)
+        return (take, addresses) if isinstance(take, _Take) else None
+
+    def __call__(self, tensors: Tensors, *options: Any) -> Results:
+        """What `work` returns, in the quickest way there is."""
+        if not _unobserved() or _launch.here.listener is not None:
+            return self.work(tensors, *options)
+        key, addresses = self._key(tensors, options)
+        take = self.takes.get(key)
+        if isinstance(take, _Take):
+            results = take.play(tensors, addresses)
+            if results is not None:
+                return results
+        elif take is True:  # seen once before
+            return self._record(key, tensors, options)
+        elif take is None:
+            if len(self.takes) >= LIMIT:
+                self.takes.clear()
+            self.takes[key] = True
+        return self.work(tensors, *options)
+
+    def _record(self, key: tuple[Any, ...], tensors: Tensors, options: tuple[Any, ...]) -> Results:
+        recorder = _Recorder(tensors)
+        _launch.here.listener = recorder
+        try:
+            with recorder:
+                results = self.work(tensors, *options)
+        finally:
+            _launch.here.listener = None
+        self.takes[key] = recorder.take(results) or False
+        return results
