@@ -122,7 +122,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self.quiet:
-            self.fits = self.fits and not func._schema.is_mutable and bool(args) and _begins_where(result, args[0])
+            self.fits = self.fits and not func._schema.is_mutable and _is_about_metadata(result, args)
         return result
 
     def allocate(self, size: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -192,11 +192,13 @@ class _Recorder(TorchDispatchMode):
         return (_InterpretedTake if _launch.INTERPRETED else _Take)(self, result)
 
 
-def _begins_where(result: Any, tensor: Any) -> bool:
-    """Whether `result` is a view of `tensor` that begins where it does."""
+def _is_about_metadata(result: Any, args: Sequence[Any]) -> bool:
+    """Whether a torch function took and made no tensors, or made a view of its first one that begins where that does."""
+    if not isinstance(result, torch.Tensor):
+        return not any(isinstance(a, torch.Tensor) for a in args)
+    tensor = args[0] if args else None
     return (
-        isinstance(result, torch.Tensor)
-        and isinstance(tensor, torch.Tensor)
+        isinstance(tensor, torch.Tensor)
         and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
         and result.data_ptr() == tensor.data_ptr()
     )
