@@ -31,6 +31,7 @@ MISSING: str | None = None
 try:
     from .kernels import _launch
     from .kernels._replay import Replayable as replayable
+    from .kernels._replay import kind
 except ImportError as _error:
     MISSING = "triton is not installed" if (_error.name or "").split(".")[0] == "triton" else f"no kernels: {_error}"
 
@@ -213,20 +214,6 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def are_plain(first: Any, *others: Any) -> bool:
-    """Whether there is nothing about these but what a replay's key says: what `why_not` finds in the tensors themselves,
-    apart from sizes, strides, dtype and device, and in autocast. All but the first may be None."""
-    plain, parameter = torch.Tensor, torch.nn.Parameter
-    if type(first) is not plain and type(first) is not parameter:
-        return False
-    if first.is_neg() or torch._C._is_any_autocast_enabled():
-        return False
-    for tensor in others:
-        if tensor is not None and ((type(tensor) is not parameter and type(tensor) is not plain) or tensor.is_neg()):
-            return False
-    return True
-
-
 # --- the door ----------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +226,7 @@ def accelerated(
         twin: torch's function with the same meaning and the same arguments.
         why_not: given the same arguments, the reason against the kernels, or None.
         again: given the same arguments, the result if the kernels took a call like this before, so that `why_not` need
-            not be asked; else None. Called only while nobody watches.
+            not be asked; else None. Called only while nobody watches; takes care of autocast.
     """
 
     def decorate(body: Callable[P, R]) -> Callable[P, R]:
@@ -248,7 +235,7 @@ def accelerated(
 
         @functools.wraps(body)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
-            if shortcut is not None and _recorder is None and _policy != "torch" and _observed() is None:
+            if shortcut is not None and _observed() is None and _recorder is None and _policy != "torch":
                 result = shortcut(*args, **kwargs)
                 if result is not None:
                     return result

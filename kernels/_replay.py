@@ -23,27 +23,64 @@ from . import _launch, _tiles
 
 Tensors = Sequence[torch.Tensor | None]
 Results = tuple[torch.Tensor | None, ...]
-Found = tuple["_Take", list[int | None]]
-"""A take, and None followed by the addresses of the tensors that it was found for."""
+Addresses = list[int | None]
+"""None, and then for each tensor its address, or None."""
+Kind = tuple[list[Any], Addresses, bool]
+Found = tuple["_Take", Addresses]
 
 LIMIT = 4096
 """So many kinds of arguments are remembered for one function; then all are forgotten."""
 
 _HIP = torch.version.hip is not None
 _launcher = _launch.launch
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 
 def _unobserved() -> bool:
     """Whether nobody wants to see launches as they are made: explain, a profiler's hooks, whoever replaced `launch`."""
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    return (
-        _launch.trace is None
-        and _launch.launch is _launcher
-        and not getattr(enter, "calls", enter)
-        and not getattr(leave, "calls", leave)
-        and getattr(_runtime, "add_stages_inspection_hook", None) is None
-    )
+    try:
+        hooks = _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls
+    except AttributeError:  # a plain function in place of the chain
+        return False
+    return not hooks and _launch.trace is None and _launch.launch is _launcher and not _inspected()
+
+
+def _inspected() -> bool:
+    return _runtime.add_stages_inspection_hook is not None
+
+
+if not hasattr(_runtime, "add_stages_inspection_hook"):
+
+    def _inspected() -> bool:
+        return False
+
+
+def kind(tensors: Tensors) -> Kind | None:
+    """What a launcher may see of these, their addresses, and whether one requires grad. None unless they are plain
+    tensors (or None), of which there is nothing else to see."""
+    key: list[Any] = []
+    addresses: list[int | None] = [None]
+    requires_grad = False
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+            addresses.append(None)
+            continue
+        exact = type(tensor)
+        if (exact is not _Parameter and exact is not _Tensor) or tensor.is_neg():
+            return None
+        try:
+            address = tensor.data_ptr()
+            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address & 15)
+        except RuntimeError:  # no memory, or no strides
+            return None
+        addresses.append(address)
+        if not requires_grad and tensor.requires_grad:
+            requires_grad = True
+    if _HIP:  # Triton's code for AMD differs with what 32 bits can address
+        key += [tensor is not None and tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors]
+    return key, addresses, requires_grad
 
 
 class _Take:
@@ -56,7 +93,7 @@ class _Take:
         kernels = {id(kernel): kernel for kernel in recorder.kernels}
         self.hooks = [kernel.pre_run_hooks for kernel in kernels.values()]
 
-    def play(self, tensors: Tensors, addresses: list[int | None]) -> Results | None:
+    def play(self, tensors: Tensors, addresses: Addresses) -> Results | None:
         """Do it again with these tensors. None if that can't be after all: nothing was done then that matters."""
         for hooks in self.hooks:
             if hooks:
@@ -67,7 +104,7 @@ class _Take:
         with torch.cuda.device(self.index):
             return self._launch(tensors, addresses, active)
 
-    def _launch(self, tensors: Tensors, addresses: list[int | None], active: Any) -> Results | None:
+    def _launch(self, tensors: Tensors, addresses: Addresses, active: Any) -> Results | None:
         device, allocate = self.device, _launch.allocate
         stream = active.get_current_stream(self.index)
         held = [None, *tensors]
@@ -91,7 +128,7 @@ class _InterpretedTake(_Take):
     def __init__(self, recorder: "_Recorder", result: Callable[[list[Any]], Results]):
         self.device, self.result, self.steps = recorder.device, result, recorder.steps
 
-    def play(self, tensors: Tensors, addresses: list[int | None]) -> Results | None:
+    def play(self, tensors: Tensors, addresses: Addresses) -> Results | None:
         held: list[torch.Tensor | None] = [None, *tensors]
         for fresh, programs, kernel, views, rest, dead in self.steps:
             for size, stride, dtype in fresh:
@@ -216,43 +253,30 @@ class Replayable:
         self.work = work
         self.takes: dict[tuple[Any, ...], _Take | bool] = {}
 
-    def _key(self, tensors: Tensors, options: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int | None]]:
+    def _complete(self, key: list[Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The key, with everything else that compiling and picking depend on."""
         active = None if _launch.INTERPRETED else driver.active
-        key: list[Any] = [options, active, _runtime.debug, _compilation.instrumentation_mode]
+        key += (options, active, _runtime.debug, _compilation.instrumentation_mode)
         if _tiles.forced:
             key += _tiles.forced.items()
-        addresses: list[int | None] = [None]
-        for tensor in tensors:
-            if tensor is None:
-                key.append(None)
-                addresses.append(None)
-            else:
-                address = tensor.data_ptr()
-                key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address & 15)
-                if _HIP:  # Triton's code for AMD differs for what 32 bits can address
-                    key.append(tensor.untyped_storage().nbytes() < 2**31)
-                addresses.append(address)
-        return tuple(key), addresses
+        return tuple(key)
 
-    def find(self, tensors: Tensors, *options: Any) -> Found | None:
-        """The take for these tensors, if there is one and nobody would miss the launches."""
+    def find(self, key: list[Any], *options: Any) -> _Take | None:
+        """The take for tensors of a `kind`, if there is one and nobody would miss the launches."""
         if not self.takes or not _unobserved():
             return None
-        try:
-            key, addresses = self._key(tensors, options)
-        except RuntimeError:  # no strides, no memory: not our kind of tensor
-            return None
-        take = self.takes.get(key)
-        return (take, addresses) if isinstance(take, _Take) else None
+        take = self.takes.get(self._complete(key, options))
+        return take if isinstance(take, _Take) else None
 
     def __call__(self, tensors: Tensors, *options: Any) -> Results:
         """What `work` returns, in the quickest way there is."""
-        if not _unobserved() or _launch.here.listener is not None:
+        seen = kind(tensors) if _unobserved() and _launch.here.listener is None else None
+        if seen is None:
             return self.work(tensors, *options)
-        key, addresses = self._key(tensors, options)
+        key = self._complete(seen[0], options)
         take = self.takes.get(key)
         if isinstance(take, _Take):
-            results = take.play(tensors, addresses)
+            results = take.play(tensors, seen[1])
             if results is not None:
                 return results
         elif take is True:  # seen once before

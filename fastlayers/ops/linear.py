@@ -7,7 +7,8 @@ dz = f'(y) dy, dx = dz W, dW = dz^T x, db = sum of dz over rows
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ from .pointwise import Pointwise
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
     from ..kernels import _launch
-    from ..kernels._replay import Found
+    from ..kernels._replay import Found, kind
     from ..kernels.matmul import matmul
     from ..kernels.reduce import activation_grad
 
@@ -27,6 +28,9 @@ Stage = tuple[torch.Tensor, torch.Tensor | None, Pointwise | None]
 """Weight, bias and the activation that follows, of one layer in a chain."""
 Thens = tuple[Pointwise | None, ...]
 Tensors = Sequence[torch.Tensor | None]
+
+
+_LONE: Thens = (None,)
 
 
 def _undo(then: Pointwise | None, saved: torch.Tensor | None) -> tuple[str, torch.Tensor] | None:
@@ -57,27 +61,27 @@ def _forward(tensors: Tensors, thens: Thens, precision: str, keep: bool) -> tupl
 
 
 class _Saving(NamedTuple):
-    """What a backward needs, as far as it follows from which gradients may be asked for."""
+    """What to keep for backward, as far as it follows from which gradients may be asked for."""
 
-    tensors: tuple[int | None, ...]
-    """Of x, the parameters and the outputs, in that order: those saved, as x, weights, outputs, or None in its place."""
+    choose: Callable[[tuple[Any, ...]], tuple[torch.Tensor | None, ...]] | None
+    """Of None, x, the parameters and the outputs: those to save, as x, weights, outputs, or None in its place. None if
+    there are none: nothing is saved for a bias alone, and such a graph may be gone through twice, as torch's."""
     hidden: tuple[int, ...]
     """Which outputs but the last are among them."""
 
 
 @functools.cache
 def _saving(thens: Thens, needs: tuple[bool, ...]) -> _Saving:
-    """For x, the parameters of each stage: which gradients may be asked for."""
+    """Of x and the parameters of each stage: `needs` says whose gradients may be asked for."""
     count = len(thens)
     flows = _flows(needs)
     kept = [(bool(thens[i]) and flows[i + 1]) or (i + 1 < count and needs[1 + 2 * (i + 1)]) for i in range(count)]
-    first = 1 + 2 * count
-    tensors = (
-        0 if needs[1] else None,
-        *(1 + 2 * i if flows[i] else None for i in range(count)),
-        *(first + i if kept[i] else None for i in range(count)),
-    )
-    return _Saving(tensors, tuple(i for i in range(count - 1) if kept[i]))
+    first = 2 + 2 * count
+    x = 1 if needs[1] else 0
+    weights = [2 + 2 * i if flows[i] else 0 for i in range(count)]
+    outputs = [first + i if kept[i] else 0 for i in range(count)]
+    places = (x, *weights, *outputs)
+    return _Saving(operator.itemgetter(*places) if any(places) else None, tuple(i for i in range(count - 1) if kept[i]))
 
 
 class _Linear(torch.autograd.Function):
@@ -98,17 +102,15 @@ class _Linear(torch.autograd.Function):
         outputs = found and found[0].play(tensors, found[1])
         if outputs is None:
             outputs = _forward(tensors, thens, _precision(x), True)
-        saving = _saving(thens, ctx.needs_input_grad[2:])
+        choose, hidden = _saving(thens, ctx.needs_input_grad[2:])
         ctx.set_materialize_grads(False)
-        ctx.thens, ctx.x_shape, ctx.hidden = thens, x.shape, saving.hidden
+        ctx.thens, ctx.x_shape, ctx.hidden, ctx.saves = thens, x.shape, hidden, choose is not None
         ctx.is_tensor = (False, False, *[t is not None for t in tensors])
-        everything = tensors + outputs
-        saved = [None if i is None else everything[i] for i in saving.tensors]
-        # Nothing is saved for a bias alone, and such a graph may be gone through twice, as torch's.
-        ctx.saves = any(i is not None for i in saving.tensors)
-        if ctx.saves:
-            ctx.save_for_backward(*saved)
-        return (outputs[-1], *[outputs[i] for i in saving.hidden])
+        if choose is not None:
+            ctx.save_for_backward(*choose((None, *tensors, *outputs)))
+        if not hidden:
+            return (outputs[-1],)
+        return (outputs[-1], *[outputs[i] for i in hidden])
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *dhidden: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -284,28 +286,26 @@ _apply = super(torch.autograd.Function, _Linear).apply
 
 
 def _again(tensors: Tensors, thens: Thens) -> torch.Tensor | None:
-    keep = _dispatch.wants_grad(*tensors)
-    x = cast(torch.Tensor, tensors[0])
-    found = _forward.find(tensors, thens, _precision(x), keep)
-    if found is None:
+    seen = None if torch._C._is_any_autocast_enabled() else kind(tensors)
+    if seen is None or tensors[0] is None:
         return None
-    if keep:
-        return _apply(thens, found, *tensors)[0]
-    results = found[0].play(tensors, found[1])
+    key, addresses, grad = seen
+    grad = grad and torch.is_grad_enabled()
+    take = _forward.find(key, thens, _precision(tensors[0]), grad)
+    if take is None:
+        return None
+    if grad:
+        return _apply(thens, (take, addresses), *tensors)[0]
+    results = take.play(tensors, addresses)
     return None if results is None else results[0]
 
 
 def _linear_again(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-    if not _dispatch.are_plain(input, weight, bias):
-        return None
-    return _again((input, weight, bias), (None,))
+    return _again((input, weight, bias), _LONE)
 
 
 def _chain_again(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor | None:
-    tensors = _tensors(input, stages)
-    if not _dispatch.are_plain(*tensors):
-        return None
-    return _again(tensors, tuple([stage[2] for stage in stages]))
+    return _again(_tensors(input, stages), tuple([stage[2] for stage in stages]))
 
 
 @accelerated(twin=F.linear, why_not=_why_not, again=_linear_again)

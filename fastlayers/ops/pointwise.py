@@ -12,7 +12,7 @@ from .. import _dispatch
 from .._dispatch import BadInput, accelerated, replayable
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
-    from ..kernels._replay import Found
+    from ..kernels._replay import Found, kind
     from ..kernels.pointwise import pointwise, pointwise_grad
 
 
@@ -90,14 +90,16 @@ def apply(input: torch.Tensor, record: Pointwise, inplace: bool = False) -> torc
 
 def again(input: torch.Tensor, record: Pointwise) -> torch.Tensor | None:
     """The result for an input like one before, of every activation's door; None if there was none."""
-    if not _dispatch.are_plain(input):
+    seen = kind((input,))
+    if seen is None:
         return None
-    found = _forward.find((input,), record, False)
-    if found is None:
+    key, addresses, grad = seen
+    take = _forward.find(key, record, False)
+    if take is None:
         return None
-    if _dispatch.wants_grad(input):
-        return _apply(input, record, False, found)
-    results = found[0].play((input,), found[1])
+    if grad and torch.is_grad_enabled():
+        return _apply(input, record, False, (take, addresses))
+    results = take.play((input,), addresses)
     return None if results is None else results[0]
 
 

@@ -13,7 +13,7 @@ from .._dispatch import DTYPES, BadInput, accelerated, replayable
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
     from ..kernels import softmax as kernels
-    from ..kernels._replay import Found
+    from ..kernels._replay import Found, kind
 
 
 @replayable
@@ -80,16 +80,19 @@ def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | 
 
 
 def _again(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor | None:
-    if type(dim) is not int or not _dispatch.are_plain(input):
+    seen = None if type(dim) is not int or torch._C._is_any_autocast_enabled() else kind((input,))
+    if seen is None:
         return None
+    key, addresses, grad = seen
     if dim < 0:
         dim += input.dim()
-    found = _forward.find((input,), dim, dtype or input.dtype)
-    if found is None:
+    dtype = dtype or input.dtype
+    take = _forward.find(key, dim, dtype)
+    if take is None:
         return None
-    if _dispatch.wants_grad(input):
-        return _apply(input, dim, dtype or input.dtype, found)
-    results = found[0].play((input,), found[1])
+    if grad and torch.is_grad_enabled():
+        return _apply(input, dim, dtype, (take, addresses))
+    results = take.play((input,), addresses)
     return None if results is None else results[0]
 
 
