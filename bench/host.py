@@ -187,19 +187,18 @@ def parts() -> dict[str, Callable[[], object]]:
     key, addresses, _ = seen
     take = linear_op._forward.find([*key], *options)
     assert take is not None
+    allocate = _launch.allocate_quickly["cpu"]
     step = take.steps[0]
-    programs, run, function, metadata, pointers, rest = step[1:7]
-    out = torch.empty(8, 16)
-    known = [*addresses[:4], out.data_ptr()]
+    programs, run, function, fixed, pointers, rest, packs = step[1:8]
+    arguments = (*pointers([*addresses[:4], torch.empty(8, 16).data_ptr()]), *rest)
+    arguments = (arguments,) if packs else arguments
     return {
         "the whole call": lambda: FL.linear(*tensors),
         "does anybody watch?": _dispatch._observed,
         "what kind of tensors are these?": lambda: _replay.kind(tensors),
         "the look-up": lambda: linear_op._forward.find([*key], *options),
-        "allocating the output": lambda: torch.empty_strided((8, 16), (16, 1), dtype=x.dtype, device=x.device),
-        "Triton's launcher, driver stubbed": lambda: run(
-            programs, 1, 1, 0, function, metadata, None, None, None, *pointers(known), *rest
-        ),
+        "allocating the output": lambda: allocate((8, 16), (16, 1), torch.float32),
+        "the launch, Triton's C stubbed": lambda: run(programs, 1, 1, 0, function, *fixed, *arguments),
         "the replay, both within": lambda: take.play(tensors, addresses[:4]),
         "a call of an empty function (in each row)": lambda: None,
         "for comparison: the launch without a replay": lambda: linear_op._forward.work(tensors, *options),

@@ -25,7 +25,16 @@ _interpreter = threading.Lock()
 
 
 allocate: Callable[..., torch.Tensor] = torch.empty_strided
-"""The only allocator: (sizes, strides, dtype=, device=) -> an uninitialised tensor. Tests put one here that fills with NaN."""
+"""The only allocator: (sizes, strides, dtype=, device=) -> an uninitialised tensor. Tests put one here that fills with NaN,
+and empty the other table."""
+
+allocate_quickly: dict[str, Callable[..., torch.Tensor]] = {
+    device: function
+    for device in ("cpu", "cuda")
+    if (function := getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)) is not None
+}
+"""The same by kind of device, (sizes, strides, dtype) -> a tensor on the current one: what Inductor's code calls, 0.9 us
+less of torch's own argument parsing."""
 
 
 class Listener(Protocol):

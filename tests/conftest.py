@@ -67,6 +67,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor if tensor.device.type == "meta" else tensor.fill_(float("nan"))
 
     monkeypatch.setattr(_launch, "allocate", poisoned)
+    monkeypatch.setattr(_launch, "allocate_quickly", {})
 
 
 @pytest.fixture(autouse=True)
