@@ -3,10 +3,12 @@
 from fastlayers import nn                # instead of torch.nn: ours where we have it, torch's otherwise
 import fastlayers.functional as F        # instead of torch.nn.functional
 fastlayers.explain(model, x)             # which path did every layer take, and why?
+fastlayers.capture(model, x)             # the same model as a CUDA graph, for training or inference
 fastlayers.policy("torch")               # "auto" | "triton" | "torch"
 """
 
 from . import functional, nn
+from ._capture import capture
 from ._dispatch import Decision, Explanation, NotAccelerated, explain, policy
 from ._version import __version__
 from .modules import Conv2d, Linear, ReLU, Sequential, Softmax
@@ -21,6 +23,7 @@ __all__ = [
     "Sequential",
     "Softmax",
     "__version__",
+    "capture",
     "explain",
     "functional",
     "nn",
