@@ -286,7 +286,9 @@ def main(argv: list[str]) -> int:
         ratio = ours.over(theirs)
         goal = "" if case.goal is None else f"{case.goal:.1f}"
         print(f"{case.name:34} {theirs!s:>24} {ours!s:>24}  {ratio:5.2f}  {goal:>4}")
-        rows.append({"case": case.name, "torch": theirs.summary(), "ours": ours.summary(), "ratio": ratio, "goal": case.goal})
+        rows.append(
+            {"case": case.name, "torch": theirs.summary(), "ours": ours.summary(), "ratio": ratio, "goal": case.goal}
+        )
     print("\nwhat `linear forward` is made of")
     for name, spent in piece_times.items():
         print(f"{name:46} {spent}")

@@ -112,7 +112,7 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
     for tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             return f"layout is {tensor.layout}"
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():  # torch resolves it before an operator is called
             return "a lazily negated view"
         if tensor.device != first.device:
             return BadInput(f"tensors on {first.device} and {tensor.device}")
@@ -129,7 +129,9 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
 def _observed() -> str | None:
     """Who watches or transforms this call in a way that a kernel would escape."""
     if torch.compiler.is_compiling():
-        return "torch.compile traces torch's own function"
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return None
+        return "torch.export traces torch's own function"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit traces torch's own function"
     if torch._C._are_functorch_transforms_active():
@@ -219,7 +221,11 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def accelerated(
-    *, twin: Callable[P, R], why_not: Callable[P, str | None], again: Callable[P, R | None] | None = None
+    *,
+    twin: Callable[P, R],
+    why_not: Callable[P, str | None],
+    again: Callable[P, R | None] | None = None,
+    traceable: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a door of a function that calls kernels.
 
@@ -236,6 +242,8 @@ def accelerated(
 
         @functools.wraps(body)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling():
+                return (body if traceable and why_not(*args, **kwargs) is None else twin)(*args, **kwargs)
             if shortcut is not None and _observed() is None and _recorder is None and _policy != "torch":
                 result = shortcut(*args, **kwargs)
                 if result is not None:

@@ -29,14 +29,17 @@ def after_autocast(probe: Probe | None, tensor: torch.Tensor) -> torch.dtype:
     kind = tensor.device.type
     if probe is None or tensor.dtype not in _CASTABLE or not torch.is_autocast_enabled(kind):
         return tensor.dtype
-    return _probed(probe, tensor.device, torch.get_autocast_dtype(kind), tensor.dtype)
+    ask = _ask if torch.compiler.is_compiling() else _asked  # Dynamo traces no cache, and drops what nobody uses
+    return ask(probe, tensor.device, torch.get_autocast_dtype(kind), tensor.dtype)
 
 
-@functools.lru_cache
-def _probed(probe: Probe, device: torch.device, autocast: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+def _ask(probe: Probe, device: torch.device, autocast: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     # The rule differs between devices and versions of torch, so torch is asked, once for each combination.
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, cache_enabled=False):
         return probe(torch.zeros((1, 1), device=device, dtype=dtype)).dtype
+
+
+_asked = functools.lru_cache(_ask)
 
 
 def autocast(probe: Probe, *tensors: torch.Tensor | None) -> Sequence[torch.Tensor | None]:

@@ -25,8 +25,6 @@ _PATCHED = frozenset({"forward", "_conv_forward"})
 
 def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
     """The steps that compute the modules in order. Made anew at every call: hooks come and go."""
-    if torch.compiler.is_compiling():
-        return list(modules)  # torch's own functions are traced, and fusing them is the compiler's work
     steps: list[Step] = []
     producer: Any = None  # the class of the run of layers being gathered
     stages: list[tuple[torch.nn.Module, Any]] = []

@@ -154,6 +154,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def linears(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Everything that Triton specialises for: sizes of 1 and of 16, strides, alignment, a bias or none."""
+
     def r(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
@@ -248,7 +249,10 @@ def test_hooks_see_every_launch(gpu: Gpu) -> None:
     for _ in range(4):
         FL.relu(x)
     calls: list[str] = []
-    for kind, chain in (("enter", triton.knobs.runtime.launch_enter_hook), ("exit", triton.knobs.runtime.launch_exit_hook)):
+    for kind, chain in (
+        ("enter", triton.knobs.runtime.launch_enter_hook),
+        ("exit", triton.knobs.runtime.launch_exit_hook),
+    ):
         hook = lambda metadata, kind=kind: calls.append(kind)  # noqa: E731
         chain.add(hook)
         FL.relu(x)

@@ -156,7 +156,7 @@ def test_backward_alone_under_a_watching_mode(mode: str, device: torch.device) -
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own
-def test_torch_compile_traces_torchs_functions(device: torch.device) -> None:
+def test_torch_compile(device: torch.device) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Softmax(1)).to(device)
     x = torch.randn(2, 4, device=device)
     with fastlayers.policy("auto"):

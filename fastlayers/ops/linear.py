@@ -70,12 +70,17 @@ class _Saving(NamedTuple):
     """Which outputs but the last are among them."""
 
 
+def _keeps(thens: Thens, needs: Sequence[bool], flows: Sequence[bool], i: int) -> bool:
+    """Whether backward needs the output of stage i: for its activation's derivative, or the next weight's gradient."""
+    return (thens[i] is not None and flows[i + 1]) or (i + 1 < len(thens) and needs[3 + 2 * i])
+
+
 @functools.cache
 def _saving(thens: Thens, needs: tuple[bool, ...]) -> _Saving:
     """Of x and the parameters of each stage: `needs` says whose gradients may be asked for."""
     count = len(thens)
     flows = _flows(needs)
-    kept = [(bool(thens[i]) and flows[i + 1]) or (i + 1 < count and needs[1 + 2 * (i + 1)]) for i in range(count)]
+    kept = [_keeps(thens, needs, flows, i) for i in range(count)]
     first = 2 + 2 * count
     x = 1 if needs[1] else 0
     weights = [2 + 2 * i if flows[i] else 0 for i in range(count)]
@@ -268,7 +273,12 @@ def _chain(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
     thens = tuple([stage[2] for stage in stages])
     tensors = _dtypes.autocast(_probe, *_tensors(input, stages))
     x = cast(torch.Tensor, tensors[0])
-    if _dispatch.wants_grad(*tensors):
+    grad = _dispatch.wants_grad(*tensors)
+    if torch.compiler.is_compiling():
+        from . import traced
+
+        return traced.linear_chain(tensors, thens, grad)
+    if grad:
         return _Linear.apply(thens, None, *tensors)[0]  # type: ignore[index]
     return _forward(tensors, thens, _precision(x), False)[0]
 
@@ -308,7 +318,7 @@ def _chain_again(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor |
     return _again(_tensors(input, stages), tuple([stage[2] for stage in stages]))
 
 
-@accelerated(twin=F.linear, why_not=_why_not, again=_linear_again)
+@accelerated(twin=F.linear, why_not=_why_not, again=_linear_again, traceable=True)
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """input @ weight.T + bias. As torch.nn.functional.linear.
 
@@ -323,7 +333,7 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     return _chain(input, ((weight, bias, None),))
 
 
-@accelerated(twin=_twin, why_not=_why_not_chain, again=_chain_again)
+@accelerated(twin=_twin, why_not=_why_not_chain, again=_chain_again, traceable=True)
 def linear_chain(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
     """Linear layers and the activations between them, one kernel a layer in forward and two in backward.
 

@@ -32,6 +32,13 @@ class Pointwise:
     torch_grad: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     saves: Literal["input", "output"]
 
+    def __post_init__(self) -> None:
+        RECORDS[self.name] = self
+
+
+RECORDS: dict[str, Pointwise] = {}
+"""Every activation by its name, for operators of torch, which take strings and no objects."""
+
 
 RELU = Pointwise("relu", torch.relu, lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0), saves="output")
 
