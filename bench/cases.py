@@ -13,6 +13,9 @@ import torch
 
 from fastlayers.kernels import _tiles, conv, matmul, pointwise, reduce, softmax
 from fastlayers.kernels._tiles import Tile
+from fastlayers.testing import SPECS
+
+from .gpus import Work
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -30,6 +33,10 @@ class Case:
     """Compiled for offsets of 64 bits."""
     targets: tuple[str, ...] = TARGETS
     """Where the kernel can be launched at all: TMA, say, from sm_90 on."""
+    arithmetic: str = "ieee"
+    """The kind of it, as in kernels/_tiles.py."""
+    work: Work | None = None
+    """What the whole call computes and moves, if it is a direction of one of the Specs."""
 
     @property
     def streams(self) -> bool:
@@ -54,6 +61,18 @@ _KINDS = {
 }
 
 
+def _work(layer: str, make: Callable[[], torch.nn.Module], x: torch.Tensor, direction: str) -> Work:
+    """From the layer's Spec."""
+    spec = next(spec for spec in SPECS if spec.name == layer)
+    direction = direction.split(",")[0]  # "input grad, undo"
+    with torch.device("meta"):
+        module = make().to(x.dtype)
+    return Work(
+        spec.flops(module, x, direction),  # type: ignore[arg-type]
+        spec.elements(module, x, direction) * x.dtype.itemsize,  # type: ignore[arg-type]
+    )
+
+
 def _product_cases(target: str) -> Iterator[Case]:
     """matmul and convolution: three directions each at every tile, and the ways in which small tiles alone are used."""
     for (kind, size), tile in _tiles.products(target).items():
@@ -71,7 +90,22 @@ def _product_cases(target: str) -> Iterator[Case]:
                 calls += [("matmul odd", *call) for call in _matmul_calls(1, dtype, precision)]
                 calls += [("conv stem", *call) for call in _stem_calls(dtype, precision)]
             for family, direction, kernel, call in calls:
-                yield Case(f"{family} {direction} {name}", kernel, dtype, call, dict(product=tile))
+                work = _product_work(family, direction, dtype)
+                yield Case(
+                    f"{family} {direction} {name}", kernel, dtype, call, dict(product=tile), arithmetic=kind, work=work
+                )
+
+
+@functools.cache
+def _product_work(family: str, direction: str, dtype: torch.dtype) -> Work:
+    """Of the calls below, whose sizes these are."""
+    t, nn = _maker(dtype), torch.nn
+    if family.startswith("conv stem"):
+        return _work("Conv2d", lambda: nn.Conv2d(3, 64, 7, stride=2, padding=3), t(32, 3, 224, 224), direction)
+    if family.startswith("conv"):
+        return _work("Conv2d", lambda: nn.Conv2d(256, 256, 3, stride=2, padding=1), t(32, 256, 56, 56), direction)
+    odd = "odd" in family
+    return _work("Linear", lambda: nn.Linear(4096 + odd, 4096 + odd), t(8192 + odd, 4096 + odd), direction)
 
 
 Call = tuple[str, str, Callable[[], object]]
@@ -116,34 +150,44 @@ def _geometry(stride: int, padding: int, precision: str) -> dict[str, Any]:
 def _memory_cases() -> Iterator[Case]:
     """The memory-bound kernels: pointwise, reductions, softmax."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for name, kernel, call in _memory_calls(dtype):
-            yield Case(name, kernel, dtype, call, {})
+        for name, kernel, call, work in _memory_calls(dtype):
+            yield Case(name, kernel, dtype, call, {}, arithmetic=_ARITHMETIC[dtype], work=work)
 
 
-def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
+_ARITHMETIC = {torch.float16: "16", torch.bfloat16: "16", torch.float32: "ieee", torch.float64: "64"}
+
+
+def _memory_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object], Work | None]]:
     t, accumulate = _maker(dtype), torch.promote_types(dtype, torch.float32)
     x = t(4096, 4096)
-    yield "relu", "_pointwise_kernel", functools.partial(pointwise.pointwise, x, "relu")
-    yield "relu grad", "_pointwise_grad_kernel", functools.partial(pointwise.pointwise_grad, x, x, "relu")
+    relu = functools.partial(_work, "ReLU", torch.nn.ReLU, x)
+    yield "relu", "_pointwise_kernel", functools.partial(pointwise.pointwise, x, "relu"), relu("forward")
+    yield (
+        "relu grad",
+        "_pointwise_grad_kernel",
+        functools.partial(pointwise.pointwise_grad, x, x, "relu"),
+        relu("backward"),
+    )
     for layout, y in (("rows", x[None]), ("columns", x[None].mT)):
         call = functools.partial(reduce.activation_grad, y, undo=("relu", y), column_sums=dtype)
-        yield f"activation grad {layout}", "_activation_grad_kernel", call
+        yield f"activation grad {layout}", "_activation_grad_kernel", call, relu("backward")
     for count in (8, 64):
         partials = _maker(accumulate)(count, 512, 512)
         call = functools.partial(reduce.sum_partials, partials, t(512, 512), bias=t(512), then="relu")
-        yield f"sum partials {count}", "_sum_partials_kernel", call
+        yield f"sum partials {count}", "_sum_partials_kernel", call, None
         call = functools.partial(reduce.sum_partials, _maker(accumulate)(count, 512), t(512))
-        yield f"sum partials {count}, one row", "_sum_partials_kernel", call
+        yield f"sum partials {count}, one row", "_sum_partials_kernel", call, None
     rows = {f"rows {d}": ("rows", t(4096, d)) for d in _tiles._SOFTMAX_ROWS}
     shapes = dict(long=(64, 131072), few=(64, 512, 16), short=(64, 32, 4096), tall=(64, 512, 4096), one=(64, 128, 4096))
     blocks = {f"blocks {name}": ("blocks", t(*shape)) for name, shape in shapes.items()}
     for name, (design, x) in (rows | blocks).items():
+        work = functools.partial(_work, "Softmax", lambda: torch.nn.Softmax(1), x)
         forward = functools.partial(softmax.softmax, x, 1, dtype)
         backward = functools.partial(softmax.softmax_grad, x, x, 1, dtype)
         if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate):
-            yield f"softmax {name}", f"_softmax_{design}_kernel", forward
+            yield f"softmax {name}", f"_softmax_{design}_kernel", forward, work("forward")
         if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate, gradient=True):
-            yield f"softmax grad {name}", f"_softmax_{design}_grad_kernel", backward
+            yield f"softmax grad {name}", f"_softmax_{design}_grad_kernel", backward, work("backward")
 
 
 @functools.cache
@@ -155,3 +199,21 @@ def cases(target: str) -> list[Case]:
         for case in narrow
         if case.dtype in (torch.bfloat16, torch.float32) and (not case.force or "/gather" in case.name)
     ]
+
+
+def representative(case: Case, target: str) -> bool:
+    """Whether a case is in the audit that CI runs, which must end within minutes. The rule:
+
+    - one dtype for each kind of arithmetic: not float16, whose code is bfloat16's with other names in it;
+    - sm_90 whole under that rule; the other targets without float64, without 64-bit offsets, and without strict float32
+      but for what memory decides;
+    - softmax rows of every fourth power of two only, beside the longest: between them the tile scales.
+    """
+    if case.dtype == torch.float16:
+        return False
+    rows = re.match(r"softmax (?:grad )?rows (\d+)$", case.name)
+    if rows and int(rows[1]) not in (1, 16, 256, 4096, 8192, 16384, 32768):
+        return False
+    if target == "sm_90":
+        return True
+    return case.dtype != torch.float64 and not case.wide and not (case.arithmetic == "ieee" and case.force)
