@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlayers.kernels import _tiles, conv, matmul, pointwise, reduce, softmax
-from fastlayers.kernels._tiles import Tile
+from fastlayers.kernels._tiles import Product, Tile
 from fastlayers.testing import SPECS
 
 from .gpus import Work
@@ -28,7 +29,7 @@ class Case:
     kernel: str
     dtype: torch.dtype
     call: Callable[[], object]
-    force: dict[str, Tile]
+    force: dict[str, Tile | Product]
     wide: bool = False
     """Compiled for offsets of 64 bits."""
     targets: tuple[str, ...] = TARGETS
@@ -81,9 +82,9 @@ def _product_cases(target: str) -> Iterator[Case]:
         for dtype in _KINDS[kind]:
             calls = [("matmul", *call) for call in _matmul_calls(0, dtype, precision)]
             calls += [("conv", *call) for call in _conv_calls(dtype, precision)]
-            # What _tiles never picks: a large tile with an epilogue that reads one, or for a convolution.
+            # What _tiles never picks: a large tile for a convolution.
             if size == "large":
-                calls = [c for c in calls if c[0] == "matmul" and "undo" not in c[1]]
+                calls = [c for c in calls if c[0] == "matmul"]
             if size in ("medium", "skinny"):
                 calls = [c for c in calls if c[0] == "matmul" or c[1] != "weight grad"]
             if size == "gather":
@@ -118,9 +119,35 @@ def _matmul_calls(odd: int, dtype: torch.dtype, precision: str) -> Iterator[Call
     kernel = "_matmul_kernel"
     yield "forward", kernel, functools.partial(product, t(m, k), t(n, k).T, bias=t(n), then="relu")
     yield "input grad", kernel, functools.partial(product, t(m, n), t(n, k))
-    undo = functools.partial(product, t(m, n), t(n, k), undo=("relu", t(m, k)), column_sums=dtype)
+    undo = functools.partial(product, t(m, n), t(n, k), undo=("relu", t(m, k)))
     yield "input grad, undo", kernel, undo
-    yield "weight grad", kernel, functools.partial(product, t(m, n).T, t(m, k))
+    yield "input grad, undo, sums", kernel, functools.partial(undo, column_sums=dtype)
+    weight_grad = functools.partial(product, t(m, n).T, t(m, k))
+    yield "weight grad", kernel, weight_grad
+    yield "weight grad, bias grad", kernel, functools.partial(weight_grad, operand_sums=dtype)
+
+
+def _descriptor_cases(target: str) -> Iterator[Case]:
+    """matmul behind tensor descriptors: every direction at every tile, alone, persistent, in shares of K, transposed."""
+    for kind, products in _tiles.descriptor_products(target).items():
+        arithmetic = "16" if kind == "16" else "tf32"
+        for product, dtype in itertools.product(products, _KINDS[arithmetic]):
+            directions = ["forward", "input grad", "input grad, undo", "input grad, undo, sums", "weight grad"]
+            directions += ["weight grad, bias grad"]
+            if product.programs:
+                directions = ["forward", "input grad, undo", "input grad, undo, sums"]
+            elif product.transposed:
+                directions = ["forward", "input grad, undo"]
+            elif product.splits > 1:
+                directions = ["forward", "input grad", "weight grad, bias grad"]
+            tile, how = product.tile, " transposed" * product.transposed + " persistent" * (product.programs > 0)
+            name = f"{kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}{how}{' shared' * (product.splits > 1)}"
+            for direction, _, call in _matmul_calls(0, dtype, "ieee" if arithmetic == "16" else kind):
+                if direction in directions:
+                    yield Case(
+                        f"matmul tma {direction} {name}", "_matmul_tma_kernel", dtype, call, dict(matmul=product),
+                        arithmetic=arithmetic, work=_product_work("matmul", direction, dtype) if kind == arithmetic else None,
+                    )  # fmt: skip
 
 
 def _conv_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
@@ -193,7 +220,8 @@ def _memory_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], o
 @functools.cache
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
-    narrow = [case for case in (*_product_cases(target), *_memory_cases()) if target in case.targets]
+    every = (*_product_cases(target), *_descriptor_cases(target), *_memory_cases())
+    narrow = [case for case in every if target in case.targets]
     return narrow + [
         dataclasses.replace(case, wide=True)
         for case in narrow

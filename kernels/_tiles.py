@@ -288,6 +288,8 @@ def matmul(
         column_sums: the epilogue adds up columns of c, so that K is not shared out and c not transposed.
         operand_sums: the first column of tiles adds up rows of a, so that c is not transposed.
     """
+    if dtype != torch.float32:
+        precision = "ieee"  # of no concern, and one kernel less
     if "matmul" in forced:
         return forced["matmul"]  # type: ignore[return-value]
     if "product" in forced:
@@ -302,6 +304,26 @@ def matmul(
         tile = _product(m, n, k, dtype, precision, device, vectors=vectors, light=True)
     splits = 1 if column_sums else _splits(cdiv(m, tile.m) * cdiv(n, tile.n), cdiv(k, tile.k), device)
     return Product(tile, precision, splits)
+
+
+def descriptor_products(architecture: str) -> dict[str, list[Product]]:
+    """Every product through descriptors that can be picked on one architecture, by kind of arithmetic; of those that
+    share K out, one number of shares."""
+    products: dict[str, list[Product]] = {}
+    for kind, tiles in _DESCRIPTORS.get(architecture, {}).items():
+        precision = "ieee" if kind == "16" else kind
+        plain = [Product(tile, precision, descriptors=True) for tile in tiles]
+        skinny = [
+            Product(tile, precision, descriptors=True, transposed=True) for tile in _SKINNY[architecture].get(kind, ())
+        ]
+        persistent = [dataclasses.replace(product, programs=132) for product in plain if _worth_persisting(product.tile)]
+        shared = [dataclasses.replace(product, splits=2) for product in plain + skinny]
+        products[kind] = plain + skinny + persistent + shared
+    return products
+
+
+def _worth_persisting(tile: Tile) -> bool:
+    return tile.m * tile.n >= 128 * 128
 
 
 @functools.lru_cache(maxsize=4096)
@@ -330,11 +352,12 @@ def _through_descriptors(
             cycles = _cycles(rows, columns, k, candidate, share * _SHARE_OF_16[kind], dtype.itemsize, device)
             if cycles < least:
                 best, least = candidate, cycles
-    if best is None or best.splits > 1 or best.transposed or operand_sums or k > 2048:
-        return best
-    # Several tiles for each multiprocessor and few steps in each: worth fetching across the seam between two tiles.
-    several = cdiv(m, best.tile.m) * cdiv(n, best.tile.n) >= 2 * device.multiprocessors
-    return dataclasses.replace(best, programs=device.multiprocessors) if several and best.tile.m * best.tile.n >= 128 * 128 else best
+    assert best is not None
+    if best.splits == 1 and not best.transposed and not operand_sums and k <= 2048 and _worth_persisting(best.tile):
+        # Several tiles for each multiprocessor and few steps in each: fetch across the seam between two tiles.
+        if cdiv(m, best.tile.m) * cdiv(n, best.tile.n) >= 2 * device.multiprocessors:
+            return dataclasses.replace(best, programs=device.multiprocessors)
+    return best
 
 
 def _cycles(m: int, n: int, k: int, product: Product, share: float, itemsize: int, device: Device) -> float:
