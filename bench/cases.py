@@ -225,7 +225,8 @@ def cases(target: str) -> list[Case]:
     return narrow + [
         dataclasses.replace(case, wide=True)
         for case in narrow
-        if case.dtype in (torch.bfloat16, torch.float32) and (not case.force or "/gather" in case.name)
+        if case.dtype in (torch.bfloat16, torch.float32)
+        and (not case.force or "/gather" in case.name or ("tma" in case.name and "shared" not in case.name))
     ]
 
 

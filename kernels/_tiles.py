@@ -127,7 +127,7 @@ _DESCRIPTORS_SM_90 = {
         Tile(64, 64, 64, warps=4, stages=5): 0.6,
     },
     "tf32": {
-        Tile(128, 256, 32, warps=8, stages=4): 1.0,
+        Tile(128, 256, 32, warps=8, stages=3): 1.0,
         Tile(128, 128, 32, warps=8, stages=4): 0.9,
         Tile(64, 128, 32, warps=4, stages=4): 0.8,
         Tile(64, 64, 32, warps=4, stages=4): 0.6,
