@@ -8,10 +8,10 @@ CI compiles every tile that these functions can return, for all targets (bench/a
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -99,6 +99,10 @@ _PRODUCT_ON = {
 }
 
 
+# The interpreter pays per program and per step, not per element: few, large tiles.
+_INTERPRETER = Tile(128, 128, 128)
+
+
 @dataclass(frozen=True)
 class Product:
     """How one matrix product runs: in which tile, by which kernel, in how many shares of K."""
@@ -141,7 +145,19 @@ _DESCRIPTORS_SM_90 = {
         Tile(64, 64, 32, warps=4, stages=3): 0.6,
     },
 }
-_DESCRIPTORS = {"sm_90": _DESCRIPTORS_SM_90, "sm_100": _DESCRIPTORS_SM_90}
+# There the compiler wants more shared memory for operands that it transposes, or more registers than there are.
+_NOT_ON_SM_100 = (
+    Tile(64, 256, 64, warps=4, stages=4),
+    Tile(128, 256, 32, warps=8, stages=3),
+    Tile(64, 64, 32, warps=4, stages=3),
+)
+_DESCRIPTORS = {
+    "sm_90": _DESCRIPTORS_SM_90,
+    "sm_100": {
+        kind: {tile: share for tile, share in tiles.items() if tile not in _NOT_ON_SM_100}
+        for kind, tiles in _DESCRIPTORS_SM_90.items()
+    },
+}
 
 # Transposed, for up to 64 rows: the weight is streamed once, in rows of 256 bytes, many steps ahead.
 _SKINNY_SM_90 = {
@@ -175,15 +191,14 @@ class _Clock:
     """of one multiprocessor, 16-bit matrix products"""
     cache: float
     """bytes from L2 to one multiprocessor"""
+    stream: float
+    """bytes from memory to one multiprocessor"""
     memory: float
     """bytes from memory to all of them"""
 
 
-_CLOCKS = {"sm_90": _Clock(4096, 64, 2350), "sm_100": _Clock(8192, 64, 4200)}
+_CLOCKS = {"sm_90": _Clock(4096, 64, 32, 2350), "sm_100": _Clock(8192, 64, 48, 4200)}
 _SHARE_OF_16 = {"16": 1, "tf32": 1 / 2, "tf32x3": 1 / 6, "bf16x6": 1 / 6}
-
-# The interpreter pays per program and per step, not per element: few, large tiles.
-_INTERPRETER = Tile(128, 128, 128)
 
 _POINTWISE = Tile(1, 1024, warps=4)
 _ACTIVATION_GRAD = (Tile(32, 128, warps=4), Tile(128, 32, warps=4))
@@ -210,12 +225,12 @@ _SOFTMAX_BLOCKS = {
     "tall": Tile(128, 64, warps=8),
 }
 
-forced: dict[str, Tile | Product] = {}
+forced: dict[str, Any] = {}
 """Tiles by kernel that override every pick: what `force` sets."""
 
 
 @contextlib.contextmanager
-def force(**tiles: Tile | Product) -> Iterator[None]:
+def force(**tiles: Any) -> Iterator[None]:
     """Use these tiles (by kernel: product, pointwise, ...) instead of the picks; `matmul` takes a Product, which says
     everything. For tests and tuning."""
     before = dict(forced)
@@ -251,6 +266,8 @@ def _product(
     # An epilogue that reads a tile needs the registers that the large one takes.
     for size in ("large", "medium") if light else ("medium",):
         tile = tiles[kind, size]
+        if 2 * m <= tile.m or 2 * n <= tile.n:
+            continue  # half of it would lie outside
         programs = cdiv(m, tile.m) * cdiv(n, tile.n)
         if size == "medium" and light:
             programs *= _splits(programs, cdiv(k, tile.k), device)
@@ -291,7 +308,7 @@ def matmul(
     if dtype != torch.float32:
         precision = "ieee"  # of no concern, and one kernel less
     if "matmul" in forced:
-        return forced["matmul"]  # type: ignore[return-value]
+        return forced["matmul"]
     if "product" in forced:
         tile = forced["product"]
     elif device.architecture == "interpreter":
@@ -301,7 +318,7 @@ def matmul(
             product = _through_descriptors(m, n, k, dtype, precision, device, column_sums, operand_sums)
             if product is not None:
                 return product
-        tile = _product(m, n, k, dtype, precision, device, vectors=vectors, light=True)
+        tile = _product(m, n, k, dtype, precision, device, vectors=vectors, light=not operand_sums)
     splits = 1 if column_sums else _splits(cdiv(m, tile.m) * cdiv(n, tile.n), cdiv(k, tile.k), device)
     return Product(tile, precision, splits)
 
@@ -316,8 +333,8 @@ def descriptor_products(architecture: str) -> dict[str, list[Product]]:
         skinny = [
             Product(tile, precision, descriptors=True, transposed=True) for tile in _SKINNY[architecture].get(kind, ())
         ]
-        persistent = [dataclasses.replace(product, programs=132) for product in plain if _worth_persisting(product.tile)]
-        shared = [dataclasses.replace(product, splits=2) for product in plain + skinny]
+        persistent = [replace(product, programs=132) for product in plain if _worth_persisting(product.tile)]
+        shared = [replace(product, splits=2) for product in plain + skinny]
         products[kind] = plain + skinny + persistent + shared
     return products
 
@@ -336,7 +353,7 @@ def _through_descriptors(
     if kind == "ieee" and device.architecture in STRICT:
         kind = precision = STRICT[device.architecture]
     tiles = _DESCRIPTORS.get(device.architecture, {}).get(kind)
-    if tiles is None or (2 * m * n * k < 1e9 and (m * k + k * n + m * n) * dtype.itemsize < 16e6):
+    if tiles is None or (2 * m * n * k < 4e9 and (m * k + k * n + m * n) * dtype.itemsize < 32e6):
         return None
     candidates = [(Product(tile, precision, descriptors=True), share) for tile, share in tiles.items()]
     if m <= 64 and not column_sums and not operand_sums:
@@ -348,7 +365,7 @@ def _through_descriptors(
         programs = cdiv(rows, product.tile.m) * cdiv(columns, product.tile.n)
         most = 1 if column_sums else _splits(programs, cdiv(k, product.tile.k), device)
         for splits in sorted({1, cdiv(most, 2), most}):
-            candidate = dataclasses.replace(product, splits=splits)
+            candidate = replace(product, splits=splits)
             cycles = _cycles(rows, columns, k, candidate, share * _SHARE_OF_16[kind], dtype.itemsize, device)
             if cycles < least:
                 best, least = candidate, cycles
@@ -356,7 +373,7 @@ def _through_descriptors(
     if best.splits == 1 and not best.transposed and not operand_sums and k <= 2048 and _worth_persisting(best.tile):
         # Several tiles for each multiprocessor and few steps in each: fetch across the seam between two tiles.
         if cdiv(m, best.tile.m) * cdiv(n, best.tile.n) >= 2 * device.multiprocessors:
-            return dataclasses.replace(best, programs=device.multiprocessors)
+            return replace(best, programs=device.multiprocessors)
     return best
 
 
@@ -365,14 +382,15 @@ def _cycles(m: int, n: int, k: int, product: Product, share: float, itemsize: in
     memory. `share` is the part of the 16-bit peak that its main loop is thought to reach."""
     tile, clock = product.tile, _CLOCKS[device.architecture]
     step = max(2 * tile.m * tile.n * tile.k / (clock.flops * share), (tile.m + tile.n) * tile.k * itemsize / clock.cache)
-    # Filling the pipeline, and writing the tile while all other multiprocessors write theirs.
+    programs = cdiv(m, tile.m) * cdiv(n, tile.n) * product.splits
+    # Between two tiles: filling the pipeline, and writing while all other multiprocessors write theirs.
     seam = 1500 + tile.m * tile.n * itemsize * device.multiprocessors / clock.memory
-    waves = cdiv(cdiv(m, tile.m) * cdiv(n, tile.n) * product.splits, device.multiprocessors)
-    cycles = waves * (cdiv(cdiv(k, tile.k), product.splits) * step + seam)
-    cycles = max(cycles, (m * k + k * n + m * n) * itemsize / clock.memory)
+    computing = cdiv(programs, device.multiprocessors) * (cdiv(cdiv(k, tile.k), product.splits) * step + seam)
+    streaming = (m * k + k * n + m * n) * itemsize / min(clock.memory, min(programs, device.multiprocessors) * clock.stream)
     if product.splits > 1:  # written and read again in float32, by a second kernel
-        cycles += 3000 + 8 * product.splits * m * n / clock.memory
-    return cycles
+        streaming += 3000 + 8 * product.splits * m * n / clock.memory
+    # One hides behind the other, but never all of it: of two picks that memory limits alike, the one that does less.
+    return max(computing, streaming) + min(computing, streaming) / 16
 
 
 def conv(pixels: int, channels: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool) -> Tile:

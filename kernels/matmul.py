@@ -26,6 +26,20 @@ def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _share(tiles, K, k_per_split, SHARED: tl.constexpr):
+    """Which share of K this program takes, where it begins and where it ends."""
+    if SHARED:
+        split = tl.program_id(0) // tiles
+        begin = split * k_per_split
+        end = min(begin + k_per_split, K)
+    else:
+        split = 0
+        begin = 0
+        end = K
+    return split, begin, end
+
+
+@triton.jit
 def _add_rows(rows, a, ACC: tl.constexpr):
     """Add a's row sums to `rows`: a tile of 16 equal columns if a has 16 bits, else a vector.
 
@@ -122,25 +136,23 @@ def _matmul_kernel(
     c_ptr, a_ptr, b_ptr, bias_ptr, saved_ptr, sums_ptr, rows_ptr,
     M, N, K, a_m, a_k, b_k, b_n, c_m, c_n, saved_m, saved_n, k_per_split,
     THEN: tl.constexpr, UNDO: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    K_FITS: tl.constexpr, TRANSPOSED: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
+    K_FITS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of c, over one share of K.
 
     Reads a tile row of a and a tile column of b; writes a tile of c and, if asked, the tile's column sums and, in the
-    first column of tiles, the row sums of a. Where K is shared out, c is the workspace (shares, M, N), and the epilogue
+    first column of tiles, the row sums of a. Where K is SHARED out, c is the workspace (shares, M, N), and the epilogue
     is left to whoever adds the shares up.
     """
     tiles_m = tl.cdiv(M, TILE_M)
     tiles_n = tl.cdiv(N, TILE_N)
-    split = tl.program_id(0) // (tiles_m * tiles_n)
+    split, begin, end = _share(tiles_m * tiles_n, K, k_per_split, SHARED)
     pid_m, pid_n = _place(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     if WIDE:
         pid_m, pid_n = pid_m.to(tl.int64), pid_n.to(tl.int64)
     m = pid_m * TILE_M + tl.arange(0, TILE_M)
     n = pid_n * TILE_N + tl.arange(0, TILE_N)
-    begin = split * k_per_split
-    end = min(begin + k_per_split, K)
     if rows_ptr is not None and pid_n == 0:
         accumulator, rows = _sum_products(a_ptr, b_ptr, m, n, M, N, begin, end, a_m, a_k, b_k, b_n,
                                           True, ACC, PRECISION, WIDE, K_FITS, TILE_M, TILE_N, TILE_K)  # fmt: skip
@@ -148,7 +160,8 @@ def _matmul_kernel(
     else:
         accumulator, _ = _sum_products(a_ptr, b_ptr, m, n, M, N, begin, end, a_m, a_k, b_k, b_n,
                                        False, ACC, PRECISION, WIDE, K_FITS, TILE_M, TILE_N, TILE_K)  # fmt: skip
-    c_ptr += tl.cast(split, tl.int64) * M * N
+    if SHARED:
+        c_ptr += split.to(tl.int64) * M * N
     _finish(accumulator, c_ptr, bias_ptr, saved_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
             c_m, c_n, saved_m, saved_n, THEN, UNDO, ACC, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
 
@@ -185,8 +198,8 @@ def _matmul_tma_kernel(
     c_ptr, a, b, bias_ptr, saved_ptr, sums_ptr, rows_ptr,
     M, N, K, c_m, c_n, saved_m, saved_n, k_per_split,
     THEN: tl.constexpr, UNDO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr, PERSISTENT: tl.constexpr,
-    HALVES: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, PERSISTENT: tl.constexpr, SHARED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """As _matmul_kernel, for operands behind descriptors: of a (M, K), or (K, M) with A_TRANSPOSED; likewise b.
 
@@ -206,10 +219,8 @@ def _matmul_tma_kernel(
             _finish(accumulator, c_ptr, bias_ptr, saved_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
                     c_m, c_n, saved_m, saved_n, THEN, UNDO, tl.float32, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
     else:
-        split = tl.program_id(0) // (tiles_m * tiles_n)
+        split, begin, end = _share(tiles_m * tiles_n, K, k_per_split, SHARED)
         pid_m, pid_n = _place(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
-        begin = split * k_per_split
-        end = min(begin + k_per_split, K)
         if rows_ptr is not None and pid_n == 0:
             accumulator, rows = _sum_tma_products(a, b, pid_m * TILE_M, pid_n * TILE_N, begin, end, True, A_TRANSPOSED,
                                                   B_TRANSPOSED, PRECISION, TILE_M, TILE_N, TILE_K)  # fmt: skip
@@ -219,7 +230,8 @@ def _matmul_tma_kernel(
                                                B_TRANSPOSED, PRECISION, TILE_M, TILE_N, TILE_K)  # fmt: skip
         if WIDE:
             pid_m, pid_n = pid_m.to(tl.int64), pid_n.to(tl.int64)
-        c_ptr += tl.cast(split, tl.int64) * M * N
+        if SHARED:
+            c_ptr += split.to(tl.int64) * M * N
         _finish(accumulator, c_ptr, bias_ptr, saved_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
                 c_m, c_n, saved_m, saved_n, THEN, UNDO, tl.float32, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
 
@@ -306,7 +318,7 @@ def matmul(
     sizes = (*c_strides, *saved_strides, _tiles.cdiv(_tiles.cdiv(k, tile.k), splits) * tile.k)
     meta = dict(
         THEN=epilogues.forward(then if alone else None), UNDO=epilogues.backward(name if alone else None),
-        PRECISION=plan.precision, WIDE=wide, TRANSPOSED=plan.transposed, HALVES=tile.fills_registers, GROUP=8,
+        PRECISION=plan.precision, WIDE=wide, SHARED=splits > 1, TRANSPOSED=plan.transposed, HALVES=tile.fills_registers, GROUP=8,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if plan.descriptors:
