@@ -287,6 +287,7 @@ def matmul(
     if operand_sums is not None and n == 0:  # no tile of c, so nobody to add up the rows of a
         out = _launch.empty((m, n), dtype=a.dtype, device=a.device) if out is None else out
         return out, activation_grad(a.T[None], undo=None, column_sums=operand_sums)[1]
+    bias = None if bias is None else bias.contiguous()
     accumulate = torch.promote_types(a.dtype, torch.float32)
     if out is None:
         out = _launch.empty((m, n), dtype=a.dtype, device=a.device)
