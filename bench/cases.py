@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
     """matmul behind tensor descriptors: every direction at every tile, alone, persistent, in shares of K, transposed."""
     for kind, products in _tiles.descriptor_products(target).items():
         arithmetic = "16" if kind == "16" else "tf32"
-        for product, dtype in itertools.product(products, _KINDS[arithmetic]):
+        for product, dtype in ((product, dtype) for product in products for dtype in _KINDS[arithmetic]):
             directions = ["forward", "input grad", "input grad, undo", "input grad, undo, sums", "weight grad"]
             directions += ["weight grad, bias grad"]
             if product.programs:
@@ -141,12 +140,15 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
             elif product.splits > 1:
                 directions = ["forward", "input grad", "weight grad, bias grad"]
             tile, how = product.tile, " transposed" * product.transposed + " persistent" * (product.programs > 0)
-            name = f"{kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}{how}{' shared' * (product.splits > 1)}"
+            name = (
+                f"{kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}{how}{' shared' * (product.splits > 1)}"
+            )
             for direction, _, call in _matmul_calls(0, dtype, "ieee" if arithmetic == "16" else kind):
                 if direction in directions:
+                    work = _product_work("matmul", direction, dtype) if kind == arithmetic else None
                     yield Case(
                         f"matmul tma {direction} {name}", "_matmul_tma_kernel", dtype, call, dict(matmul=product),
-                        arithmetic=arithmetic, work=_product_work("matmul", direction, dtype) if kind == arithmetic else None,
+                        arithmetic=arithmetic, work=work,
                     )  # fmt: skip
 
 

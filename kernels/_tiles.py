@@ -333,13 +333,14 @@ def descriptor_products(architecture: str) -> dict[str, list[Product]]:
         skinny = [
             Product(tile, precision, descriptors=True, transposed=True) for tile in _SKINNY[architecture].get(kind, ())
         ]
-        persistent = [replace(product, programs=132) for product in plain if _worth_persisting(product.tile)]
+        persistent = [replace(product, programs=132) for product in plain if _can_persist(product.tile)]
         shared = [replace(product, splits=2) for product in plain + skinny]
         products[kind] = plain + skinny + persistent + shared
     return products
 
 
-def _worth_persisting(tile: Tile) -> bool:
+def _can_persist(tile: Tile) -> bool:
+    """Whether a persistent program of this tile is worth compiling: a small one's seams are short."""
     return tile.m * tile.n >= 128 * 128
 
 
@@ -370,10 +371,10 @@ def _through_descriptors(
             if cycles < least:
                 best, least = candidate, cycles
     assert best is not None
-    if best.splits == 1 and not best.transposed and not operand_sums and k <= 2048 and _worth_persisting(best.tile):
-        # Several tiles for each multiprocessor and few steps in each: fetch across the seam between two tiles.
-        if cdiv(m, best.tile.m) * cdiv(n, best.tile.n) >= 2 * device.multiprocessors:
-            return replace(best, programs=device.multiprocessors)
+    # Several tiles for each multiprocessor and few steps in each: worth fetching across the seam between two tiles.
+    several = cdiv(m, best.tile.m) * cdiv(n, best.tile.n) >= 2 * device.multiprocessors and k <= 2048
+    if several and _can_persist(best.tile) and best.splits == 1 and not best.transposed and not operand_sums:
+        return replace(best, programs=device.multiprocessors)
     return best
 
 
@@ -381,12 +382,16 @@ def _cycles(m: int, n: int, k: int, product: Product, share: float, itemsize: in
     """An estimate of what a product takes: waves of programs, each limited by arithmetic or by L2, and all together by
     memory. `share` is the part of the 16-bit peak that its main loop is thought to reach."""
     tile, clock = product.tile, _CLOCKS[device.architecture]
-    step = max(2 * tile.m * tile.n * tile.k / (clock.flops * share), (tile.m + tile.n) * tile.k * itemsize / clock.cache)
+    step = max(
+        2 * tile.m * tile.n * tile.k / (clock.flops * share), (tile.m + tile.n) * tile.k * itemsize / clock.cache
+    )
     programs = cdiv(m, tile.m) * cdiv(n, tile.n) * product.splits
     # Between two tiles: filling the pipeline, and writing while all other multiprocessors write theirs.
     seam = 1500 + tile.m * tile.n * itemsize * device.multiprocessors / clock.memory
     computing = cdiv(programs, device.multiprocessors) * (cdiv(cdiv(k, tile.k), product.splits) * step + seam)
-    streaming = (m * k + k * n + m * n) * itemsize / min(clock.memory, min(programs, device.multiprocessors) * clock.stream)
+    streaming = (
+        (m * k + k * n + m * n) * itemsize / min(clock.memory, min(programs, device.multiprocessors) * clock.stream)
+    )
     if product.splits > 1:  # written and read again in float32, by a second kernel
         streaming += 3000 + 8 * product.splits * m * n / clock.memory
     # One hides behind the other, but never all of it: of two picks that memory limits alike, the one that does less.

@@ -199,7 +199,8 @@ def _matmul_tma_kernel(
     M, N, K, c_m, c_n, saved_m, saved_n, k_per_split,
     THEN: tl.constexpr, UNDO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, PERSISTENT: tl.constexpr, SHARED: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """As _matmul_kernel, for operands behind descriptors: of a (M, K), or (K, M) with A_TRANSPOSED; likewise b.
 
@@ -245,7 +246,7 @@ def _fits_a_descriptor(matrix: torch.Tensor) -> bool:
         and matrix.stride(1 - row) * matrix.itemsize % 16 == 0
         and 0 < matrix.stride(1 - row) * matrix.itemsize < 2**40
         and matrix.data_ptr() % 16 == 0
-        and 0 < matrix.numel()
+        and matrix.numel() > 0
         and max(matrix.shape) < 2**31
     )
 
@@ -319,7 +320,8 @@ def matmul(
     sizes = (*c_strides, *saved_strides, _tiles.cdiv(_tiles.cdiv(k, tile.k), splits) * tile.k)
     meta = dict(
         THEN=epilogues.forward(then if alone else None), UNDO=epilogues.backward(name if alone else None),
-        PRECISION=plan.precision, WIDE=wide, SHARED=splits > 1, TRANSPOSED=plan.transposed, HALVES=tile.fills_registers, GROUP=8,
+        PRECISION=plan.precision, WIDE=wide, SHARED=splits > 1, TRANSPOSED=plan.transposed,
+        HALVES=tile.fills_registers, GROUP=8,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if plan.descriptors:
@@ -338,8 +340,8 @@ def matmul(
 
     if splits > 1:
         sum_partials(c, out, bias=bias, then=then, undo=undo)
-    if rows is not None and operand_sums is not None:
-        return out, rows if splits == 1 else sum_partials(rows, _launch.empty((out.shape[0],), dtype=operand_sums, device=a.device))
+    if rows is not None and operand_sums is not None and splits > 1:
+        rows = sum_partials(rows, _launch.empty(rows.shape[1:], dtype=operand_sums, device=a.device))
     if sums is not None and column_sums is not None:
-        return out, sum_partials(sums, _launch.empty((n,), dtype=column_sums, device=a.device))
-    return out, None
+        sums = sum_partials(sums, _launch.empty((n,), dtype=column_sums, device=a.device))
+    return out, rows if sums is None else sums

@@ -53,8 +53,8 @@ def _forward(
 class _Linear(torch.autograd.Function):
     """x (*, K), then W_i (N_i, N_i-1) and b_i (N_i,) of each stage -> y (*, N), and the hidden outputs worth keeping.
 
-    In backward, the product that makes a stage's dx also applies the derivative of the activation before it and adds up
-    its bias gradient, so that nothing between two layers runs on its own.
+    In backward, the product that makes a stage's dx also applies the derivative of the activation before it, and the one
+    that makes its dW adds up its bias gradient, so that nothing between two layers runs on its own.
 
     The hidden outputs are returned, though nobody takes them, because what is saved must be an input or an output for
     second derivatives to reach it.
@@ -123,23 +123,26 @@ def _backward_triton(ctx: Any, dy: torch.Tensor, needs: list[bool], grads: list[
     precision = _dtypes.matmul_precision()
     last = len(thens) - 1
 
-    def bias_dtype(i: int) -> torch.dtype | None:
-        return dy.dtype if needs[3 + 2 * i] else None
+    def column_sums(i: int) -> torch.dtype | None:
+        """A bias gradient that no weight gradient carries."""
+        return dy.dtype if needs[3 + 2 * i] and not needs[2 + 2 * i] else None
 
     dz, grads[3 + 2 * last] = activation_grad(
         dy.reshape(1, rows, dy.shape[-1]),
         undo=_undo(thens[last], None if outputs[last] is None else outputs[last][None]),
-        column_sums=bias_dtype(last),
+        column_sums=column_sums(last),
     )
     dz = dz[0]
     for i in range(last, -1, -1):
         if needs[2 + 2 * i]:
             source = x if i == 0 else outputs[i - 1]
             assert source is not None
-            grads[2 + 2 * i], _ = matmul(dz.T, source, precision=precision)
+            grads[2 + 2 * i], grads[3 + 2 * i] = matmul(
+                dz.T, source, operand_sums=dy.dtype if needs[3 + 2 * i] else None, precision=precision
+            )
         if i > 0 and flows[i]:
             dz, grads[1 + 2 * i] = matmul(
-                dz, weights[i], undo=_undo(thens[i - 1], outputs[i - 1]), column_sums=bias_dtype(i - 1), precision=precision
+                dz, weights[i], undo=_undo(thens[i - 1], outputs[i - 1]), column_sums=column_sums(i - 1), precision=precision
             )  # fmt: skip
     if needs[0]:
         dx = _launch.empty(ctx.x_shape, dtype=dy.dtype, device=dy.device)
