@@ -40,6 +40,9 @@ from fastlayers.kernels import _launch, _replay, _tiles
 from fastlayers.ops import linear as linear_op
 
 
+_LAUNCHES_FROM_PYTHON = hasattr(nvidia, "PyKernelArg")
+
+
 class _NoLauncher:
     """Where Triton (3.6) would compile a launcher in C for each kernel, which needs CUDA's library."""
 
@@ -71,7 +74,7 @@ class StubDriver:
 
     def __init__(self) -> None:
         self.utils = _Utils()
-        self.launcher_cls: Any = nvidia.CudaLauncher if hasattr(nvidia, "PyKernelArg") else _NoLauncher
+        self.launcher_cls: Any = nvidia.CudaLauncher if _LAUNCHES_FROM_PYTHON else _NoLauncher
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -88,7 +91,7 @@ def stubbed() -> Iterator[None]:
     """Within, the kernels take CPU tensors, compile for sm_90, and are launched into the void."""
     if _launch.INTERPRETED:
         raise RuntimeError("under TRITON_INTERPRET=1 there is no launch to time")
-    annotation = getattr(nvidia, "PyKernelArg", None)
+    annotation = getattr(nvidia, "PyKernelArg", None)  # a class in C, loaded with CUDA's library
     before = _dispatch._why_not_device, _tiles.device, driver._active
     _dispatch._why_not_device = lambda device: None
     _tiles.device = lambda device: _tiles.Device("sm_90", 132)  # type: ignore[assignment]

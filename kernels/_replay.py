@@ -297,6 +297,7 @@ class Replayable:
             results = take.play(tensors, seen[1])
             if results is not None:
                 return results
+            self.takes.pop(key, None)  # the world has changed
         elif take is True:  # seen once before
             return self._record(key, tensors, options)
         elif take is None:
