@@ -194,15 +194,13 @@ def asked_for(ctx: Any) -> tuple[bool, ...]:
     asked = []
     for needed, tensor in zip(ctx.needs_input_grad, ctx.is_tensor, strict=True):
         node = next(nodes)[0] if tensor else None
-        asked.append(needed and _will_run(node))
+        if needed:
+            try:
+                needed = torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
+                pass
+        asked.append(needed)
     return tuple(asked)
-
-
-def _will_run(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
-        return True
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
@@ -332,10 +330,10 @@ class _Recorder:
 _recorder: _Recorder | None = None
 
 
-def fused(*modules: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Tell `explain`, if it listens, that the next call stands for all of these modules."""
+def fused(*modules: torch.nn.Module) -> contextlib.AbstractContextManager[None] | None:
+    """Tell `explain`, if it listens, that the next call stands for all of these modules. None if it doesn't."""
     if _recorder is None:
-        return contextlib.nullcontext()
+        return None
     return _recorder.inside(" + ".join(_recorder.names.get(id(m), type(m).__name__) for m in modules))
 
 

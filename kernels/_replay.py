@@ -86,7 +86,7 @@ class _Take:
     """What was written down of one call."""
 
     def __init__(self, recorder: "_Recorder", result: Callable[[list[Any]], Results]):
-        self.index, self.device = recorder.index, recorder.device
+        self.index, self.device, self.device_type = recorder.index, recorder.device, recorder.device.type
         self.result = result
         self.steps = recorder.steps
         kernels = {id(kernel): kernel for kernel in recorder.kernels}
@@ -107,7 +107,7 @@ class _Take:
             return self._launch(tensors, addresses, active)
 
     def _launch(self, tensors: Tensors, addresses: Addresses, active: Any) -> Results | None:
-        allocate = _launch.allocate_quickly.get(self.device.type) or self._allocate
+        allocate = _launch.allocate_quickly.get(self.device_type) or self._allocate
         stream = active.get_current_stream(self.index)
         held = [None, *tensors]
         for fresh, programs, run, function, fixed, pointers, rest, packs, dead in self.steps:
