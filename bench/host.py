@@ -39,7 +39,6 @@ from fastlayers import _dispatch, nn
 from fastlayers.kernels import _launch, _replay, _tiles
 from fastlayers.ops import linear as linear_op
 
-
 _LAUNCHES_FROM_PYTHON = hasattr(nvidia, "PyKernelArg")
 
 
@@ -289,14 +288,17 @@ def main(argv: list[str]) -> int:
         ratio = ours.over(theirs)
         goal = "" if case.goal is None else f"{case.goal:.1f}"
         print(f"{case.name:34} {theirs!s:>24} {ours!s:>24}  {ratio:5.2f}  {goal:>4}")
-        rows.append({"case": case.name, "torch": theirs.summary(), "ours": ours.summary(), "ratio": ratio, "goal": case.goal})
+        rows.append(
+            {"case": case.name, "torch": theirs.summary(), "ours": ours.summary(), "ratio": ratio, "goal": case.goal}
+        )
     print("\nwhat `linear forward` is made of")
     for name, spent in piece_times.items():
         print(f"{name:46} {spent}")
     if options.json:
         environment = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-        figures = {"environment": environment, "cases": rows, "parts": {k: v.summary() for k, v in piece_times.items()}}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        made_of = {name: spent.summary() for name, spent in piece_times.items()}
+        everything = {"environment": environment, "cases": rows, "parts": made_of}
+        options.json.write_text(json.dumps(everything, indent=1) + "\n")
     return 0
 
 

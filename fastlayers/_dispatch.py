@@ -14,13 +14,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from . import _dtypes
+from ._table import columns
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +32,6 @@ MISSING: str | None = None
 try:
     from .kernels import _launch
     from .kernels._replay import Replayable as replayable
-    from .kernels._replay import kind
 except ImportError as _error:
     MISSING = "triton is not installed" if (_error.name or "").split(".")[0] == "triton" else f"no kernels: {_error}"
 
@@ -187,20 +187,27 @@ def backward_through_torch(*gradients: torch.Tensor | None) -> bool:
     return False
 
 
-def asked_for(ctx: Any) -> tuple[bool, ...]:
+def asked_for(ctx: Any) -> list[bool]:
     """Which arguments this very backward must give a gradient for: torch.autograd.grad may ask for a few of those that
     require one. Needs ctx.is_tensor, a bool for each argument of forward."""
     nodes = iter(ctx.next_functions)  # of tensors alone
-    asked = []
+    asked: list[bool] = []
     for needed, tensor in zip(ctx.needs_input_grad, ctx.is_tensor, strict=True):
-        node = next(nodes)[0] if tensor else None
+        node: Any = next(nodes)[0] if tensor else None
         if needed:
             try:
-                needed = torch._C._will_engine_execute_node(node)
+                asked.append(torch._C._will_engine_execute_node(node))
             except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
-                pass
-        asked.append(needed)
-    return tuple(asked)
+                asked.append(True)
+        else:
+            asked.append(False)
+    return asked
+
+
+def applying(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without its own Python, which takes half the time: it binds defaults for setup_context, which none of
+    ours has, and unwraps what functorch left behind, which `kind` (kernels/_replay.py) turns away."""
+    return cast(Any, super(torch.autograd.Function, function)).apply
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
@@ -289,11 +296,7 @@ class Explanation:
     def __str__(self) -> str:
         rows = [("layer", "operation", "path", "kernels, or why not")]
         rows += [(d.module or "-", d.op, d.path, d.reason or ", ".join(d.kernels) or "nothing to do") for d in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3]
-            for row in rows
-        )
+        return columns(*rows)
 
 
 @dataclass
@@ -361,9 +364,10 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
         before = len(recorder.decisions)
         with recorder.inside(recorder.names.get(id(self), type(self).__name__)):
             result = call(self, *args, **kwargs)
-            if len(recorder.decisions) == before and not any(True for _ in self.children()):
+            if len(recorder.decisions) == before:  # nothing within was one of ours either
                 name = type(self).__name__
-                recorder.note(Decision(recorder.module, name, "torch", f"{name} is not one of our layers"))
+                torchs = "torch.nn." if type(self).__module__.startswith("torch.nn.") else ""
+                recorder.note(Decision(recorder.module, name, "torch", f"{torchs}{name} is not one of our layers"))
         return result
 
     _recorder = recorder

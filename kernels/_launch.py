@@ -43,9 +43,13 @@ class Listener(Protocol):
     quiet: bool
     """Whether Triton is at work, whose own use of torch is none of the launcher's."""
 
-    def allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor: ...
+    def allocate(
+        self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor: ...
 
-    def launched(self, kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any], compiled: Any) -> None: ...
+    def launched(
+        self, kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any], compiled: Any
+    ) -> None: ...
 
 
 class _Here(threading.local):

@@ -23,7 +23,8 @@ from triton.runtime.driver import driver
 from . import _launch, _tiles
 
 Tensors = Sequence[torch.Tensor | None]
-Results = tuple[torch.Tensor | None, ...]
+Results = tuple[Any, ...]
+"""Tensors or None."""
 Addresses = list[int | None]
 """None, and then for each tensor its address, or None."""
 Kind = tuple[list[Any], Addresses, bool]
@@ -249,9 +250,12 @@ def _entry(compiled: Any, pointers: Any, rest: tuple[Any, ...]) -> tuple[Any, ..
 
 
 def _is_about_metadata(result: Any, args: Sequence[Any]) -> bool:
-    """Whether a torch function took and made no tensors, or made a view of its first one that begins where that does."""
+    """Whether a torch function took and made no tensors, or one without data, or a view of its first one that begins where
+    that does."""
     if not isinstance(result, torch.Tensor):
         return not any(isinstance(a, torch.Tensor) for a in args)
+    if result.device.type == "meta":
+        return True
     tensor = args[0] if args else None
     return (
         isinstance(tensor, torch.Tensor)

@@ -35,7 +35,8 @@ class Gpu(host.StubDriver):
         super().__init__()
         self.device, self.stream, self.launches = -1, 0, []
         self.utils.launch = self.launch  # type: ignore[method-assign]
-        self.utils.load_binary = lambda *a, n=itertools.count(1): (next(n), next(n), 32, 0, 1024)  # type: ignore
+        handles = itertools.count(1)
+        self.utils.load_binary = lambda *a: (next(handles), next(handles), 32, 0, 1024)  # type: ignore[method-assign]
         if self.launcher_cls is host._NoLauncher:
             self.launcher_cls = lambda src, metadata: self.launch
 
@@ -154,6 +155,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def linears(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Everything that Triton specialises for: sizes of 1 and of 16, strides, alignment, a bias or none."""
+
     def r(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
@@ -248,7 +250,10 @@ def test_hooks_see_every_launch(gpu: Gpu) -> None:
     for _ in range(4):
         FL.relu(x)
     calls: list[str] = []
-    for kind, chain in (("enter", triton.knobs.runtime.launch_enter_hook), ("exit", triton.knobs.runtime.launch_exit_hook)):
+    for kind, chain in (
+        ("enter", triton.knobs.runtime.launch_enter_hook),
+        ("exit", triton.knobs.runtime.launch_exit_hook),
+    ):
         hook = lambda metadata, kind=kind: calls.append(kind)  # noqa: E731
         chain.add(hook)
         FL.relu(x)

@@ -146,6 +146,7 @@ def test_nothing_goes_stale(change: Callable[[Any], None], plays: list[None], de
 
 def test_inputs_of_every_kind_in_turn(plays: list[None], device: torch.device) -> None:
     """One after the other, several times: sizes, strides, alignment, dtype, gradients wanted or not."""
+
     def inputs() -> Iterator[torch.Tensor]:
         for _ in range(4):
             base = torch.randn(8, 12, device=device)

@@ -29,6 +29,15 @@ class Linear(nn.Linear):
         return F.linear_chain(input, [(_own(layer, "weight"), _own(layer, "bias"), then) for layer, then in stages])
 
 
+class LazyLinear(nn.LazyLinear, Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A Linear that learns in_features from its first input, and becomes a `fastlayers.Linear`. As torch.nn.LazyLinear.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyLinear.html
+    """
+
+    cls_to_become = Linear  # type: ignore[assignment]
+
+
 def _own(layer: Linear, name: str) -> Any:
     """layer.weight or layer.bias, sooner than by nn.Module.__getattr__: 1 us for each."""
     own = layer._parameters

@@ -116,7 +116,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor | None, *dhidden: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None and all(d is None for d in dhidden):
             return (None,) * len(ctx.needs_input_grad)
-        needs = _dispatch.asked_for(ctx)[2:]
+        needs = tuple(_dispatch.asked_for(ctx)[2:])
         saved = ctx.saved_tensors if ctx.saves else (None,) * (1 + 2 * len(ctx.thens))
         # A hidden output has a gradient of its own only in a second derivative.
         if dy is None or dhidden.count(None) != len(dhidden) or _dispatch.backward_through_torch(dy):
@@ -196,8 +196,8 @@ def _backward_torch(
     """The same in differentiable functions of torch."""
     count, rows = len(thens), x_shape[:-1].numel()
     x, *rest = saved
-    weights: Sequence[Any] = rest[:count]
-    outputs: Sequence[Any] = [None if h is None else _matrix(h, rows) for h in rest[count:]]
+    weights: Any = rest[:count]
+    outputs: Any = [None if h is None else _matrix(h, rows) for h in rest[count:]]
     flows, last = _flows(needs), count - 1
     grads: list[torch.Tensor | None] = [None] * len(needs)
     with torch.autocast(next(d for d in (dy, *dhidden.values()) if d is not None).device.type, enabled=False):
@@ -280,9 +280,7 @@ def _tensors(input: torch.Tensor, stages: Sequence[Stage]) -> list[torch.Tensor 
     return tensors
 
 
-# Function.apply without its own Python, which binds defaults for setup_context and unwraps what functorch left behind:
-# this Function has the one not, and its door lets the other not in.
-_apply = super(torch.autograd.Function, _Linear).apply
+_apply = _dispatch.applying(_Linear)
 
 
 def _again(tensors: Tensors, thens: Thens) -> torch.Tensor | None:
