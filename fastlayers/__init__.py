@@ -4,10 +4,12 @@ from fastlayers import nn                # instead of torch.nn: ours where we ha
 import fastlayers.functional as F        # instead of torch.nn.functional
 fastlayers.accelerate(model)             # or: change torch.nn's layers in a model, in place; restore(model) undoes it
 fastlayers.explain(model, x)             # which path did every layer take, and why?
+fastlayers.capture(model, x)             # the same model as a CUDA graph, for training or inference
 fastlayers.policy("torch")               # "auto" | "triton" | "torch"
 """
 
 from . import functional, nn
+from ._capture import capture
 from ._convert import Conversion, Conversions, accelerate, restore
 from ._dispatch import Decision, Explanation, NotAccelerated, explain, policy
 from ._version import __version__
@@ -28,6 +30,7 @@ __all__ = [
     "Softmax",
     "__version__",
     "accelerate",
+    "capture",
     "explain",
     "functional",
     "nn",

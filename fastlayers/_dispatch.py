@@ -14,7 +14,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -31,8 +31,13 @@ MISSING: str | None = None
 """Why the kernels can't be imported on this machine, if they can't."""
 try:
     from .kernels import _launch
+    from .kernels._replay import Replayable as replayable
 except ImportError as _error:
     MISSING = "triton is not installed" if (_error.name or "").split(".")[0] == "triton" else f"no kernels: {_error}"
+
+    def replayable(work: Callable[..., Any]) -> Any:
+        return work
+
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -169,62 +174,76 @@ def backward_through_torch(*gradients: torch.Tensor | None) -> bool:
     With create_graph, grad mode is on inside a backward, and what it computes must be differentiable. Batched gradients
     (is_grads_batched, vmap) and watching modes can't look into a kernel.
     """
-    return (
-        torch.is_grad_enabled()
-        or _observed() is not None
-        or any(
+    if torch.is_grad_enabled() or _observed() is not None:
+        return True
+    for g in gradients:
+        if g is not None and (
             type(g) is not torch.Tensor
             or g.layout is not torch.strided
             or g.is_neg()
             or torch._C._functorch.is_legacy_batchedtensor(g)  # pyright: ignore[reportAttributeAccessIssue]
-            for g in gradients
-            if g is not None
-        )
-    )
+        ):
+            return True
+    return False
 
 
 def asked_for(ctx: Any) -> list[bool]:
     """Which arguments this very backward must give a gradient for: torch.autograd.grad may ask for a few of those that
     require one. Needs ctx.is_tensor, a bool for each argument of forward."""
-    nodes = (node for node, _ in ctx.next_functions)  # of tensors alone
-    return [
-        needed and _will_run(node)
-        for needed, node in zip(
-            ctx.needs_input_grad, (next(nodes) if tensor else None for tensor in ctx.is_tensor), strict=True
-        )
-    ]
+    nodes = iter(ctx.next_functions)  # of tensors alone
+    asked: list[bool] = []
+    for needed, tensor in zip(ctx.needs_input_grad, ctx.is_tensor, strict=True):
+        node: Any = next(nodes)[0] if tensor else None
+        if needed:
+            try:
+                asked.append(torch._C._will_engine_execute_node(node))
+            except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
+                asked.append(True)
+        else:
+            asked.append(False)
+    return asked
 
 
-def _will_run(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
-        return True
+def applying(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without its own Python, which takes half the time: it binds defaults for setup_context, which none of
+    ours has, and unwraps what functorch left behind, which `kind` (kernels/_replay.py) turns away."""
+    return cast(Any, super(torch.autograd.Function, function)).apply
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a call on these must be recorded by autograd. If not, an autograd.Function would only cost time."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 # --- the door ----------------------------------------------------------------------------------------------------------
 
 
 def accelerated(
-    *, twin: Callable[P, R], why_not: Callable[P, str | None]
+    *, twin: Callable[P, R], why_not: Callable[P, str | None], again: Callable[P, R | None] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a door of a function that calls kernels.
 
     Args:
         twin: torch's function with the same meaning and the same arguments.
         why_not: given the same arguments, the reason against the kernels, or None.
+        again: given the same arguments, the result if the kernels took a call like this before, so that `why_not` need
+            not be asked; else None. Called only while nobody watches; takes care of autocast.
     """
 
     def decorate(body: Callable[P, R]) -> Callable[P, R]:
         name = body.__name__.strip("_")
+        shortcut = again if MISSING is None else None
 
         @functools.wraps(body)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
+            if shortcut is not None and _observed() is None and _recorder is None and _policy != "torch":
+                result = shortcut(*args, **kwargs)
+                if result is not None:
+                    return result
             reason = why_not(*args, **kwargs)
             if reason is None:
                 if _recorder is None:
@@ -314,10 +333,10 @@ class _Recorder:
 _recorder: _Recorder | None = None
 
 
-def fused(*modules: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Tell `explain`, if it listens, that the next call stands for all of these modules."""
+def fused(*modules: torch.nn.Module) -> contextlib.AbstractContextManager[None] | None:
+    """Tell `explain`, if it listens, that the next call stands for all of these modules. None if it doesn't."""
     if _recorder is None:
-        return contextlib.nullcontext()
+        return None
     return _recorder.inside(" + ".join(_recorder.names.get(id(m), type(m).__name__) for m in modules))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,15 +13,15 @@ Probe = Callable[[torch.Tensor], torch.Tensor]
 _CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
+# What torch.backends.cuda.matmul.fp32_precision and torch.backends.cudnn.conv.fp32_precision ask, 0.7 us sooner.
 def matmul_precision() -> str:
     """ "tf32" if torch allows it for matrix products on CUDA, else "ieee" (torch's default)."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
 
 
 def conv_precision() -> str:
     """ "tf32" if torch allows it for convolutions in cuDNN (torch's default), else "ieee"."""
-    conv = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
-    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32" else "ieee"
 
 
 def after_autocast(probe: Probe | None, tensor: torch.Tensor) -> torch.dtype:
@@ -39,6 +39,8 @@ def _probed(probe: Probe, device: torch.device, autocast: torch.dtype, dtype: to
         return probe(torch.zeros((1, 1), device=device, dtype=dtype)).dtype
 
 
-def autocast(probe: Probe, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def autocast(probe: Probe, *tensors: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
     """The tensors in the dtypes that autocast has torch compute in, converted differentiably."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     return [None if t is None else t.to(after_autocast(probe, t)) for t in tensors]

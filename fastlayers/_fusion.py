@@ -40,10 +40,12 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
             steps.extend(members)
         producer, stages, members = None, [], []
 
+    everyone_is_watched = _torch._has_any_global_hook()
     for module in modules:
         declared = vars(type(module))
-        alone = not isinstance(module, torch.nn.Module) or _is_watched(module)
         record = declared.get("pointwise")
+        fuses = record is not None or "forward_fused" in declared
+        alone = everyone_is_watched or not fuses or _is_watched(module)
         if not alone and producer and record and record.saves == "output" and stages[-1][1] is None:
             stages[-1] = (stages[-1][0], record)
             members.append(module)
@@ -63,12 +65,15 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
 def _run(
     producer: Any, stages: list[tuple[torch.nn.Module, Any]], members: list[torch.nn.Module], input: torch.Tensor
 ) -> torch.Tensor:
-    with fused(*members):
+    listening = fused(*members)
+    if listening is None:
+        return producer.forward_fused(input, stages)
+    with listening:
         return producer.forward_fused(input, stages)
 
 
 def _is_watched(module: torch.nn.Module) -> bool:
-    """Whether somebody could tell that this module's __call__ wasn't called."""
+    """Whether somebody could tell that this module's __call__ wasn't called. Global hooks apart."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -76,5 +81,4 @@ def _is_watched(module: torch.nn.Module) -> bool:
         or module._backward_pre_hooks
         or not _PATCHED.isdisjoint(vars(module))
         or module._compiled_call_impl is not None
-        or _torch._has_any_global_hook()
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -60,15 +60,14 @@ def _fresh_random_data(request: pytest.FixtureRequest) -> None:
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output and workspace starts as NaN: an element that nobody writes shows."""
 
-    def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = allocate(*args, **kwargs)
-            return tensor if tensor.device.type == "meta" else tensor.fill_(float("nan"))
+    allocate = _launch.allocate
 
-        return poisoned
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor if tensor.device.type == "meta" else tensor.fill_(float("nan"))
 
-    monkeypatch.setattr(_launch, "empty", poison(_launch.empty))
-    monkeypatch.setattr(_launch, "empty_like", poison(_launch.empty_like))
+    monkeypatch.setattr(_launch, "allocate", poisoned)
+    monkeypatch.setattr(_launch, "allocate_quickly", {})
 
 
 @pytest.fixture(autouse=True)

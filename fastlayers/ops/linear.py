@@ -6,37 +6,46 @@ dz = f'(y) dy, dx = dz W, dW = dz^T x, db = sum of dz over rows
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
 from .. import _dispatch, _dtypes
-from .._dispatch import BadInput, accelerated
+from .._dispatch import BadInput, accelerated, replayable
 from .pointwise import Pointwise
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
     from ..kernels import _launch
+    from ..kernels._replay import Found, kind
     from ..kernels.matmul import matmul
     from ..kernels.reduce import activation_grad
 
 Stage = tuple[torch.Tensor, torch.Tensor | None, Pointwise | None]
 """Weight, bias and the activation that follows, of one layer in a chain."""
+Thens = tuple[Pointwise | None, ...]
+Tensors = Sequence[torch.Tensor | None]
+
+
+_LONE: Thens = (None,)
 
 
 def _undo(then: Pointwise | None, saved: torch.Tensor | None) -> tuple[str, torch.Tensor] | None:
     return None if then is None or saved is None else (then.name, saved)
 
 
-def _forward(
-    x: torch.Tensor, thens: Sequence[Pointwise | None], params: Sequence[torch.Tensor | None]
-) -> Iterator[torch.Tensor]:
-    """The outputs of the stages, one kernel each: matrices, but for the last, which has x's leading dimensions."""
-    precision = _dtypes.matmul_precision()
+@replayable
+def _forward(tensors: Tensors, thens: Thens, precision: str, keep: bool) -> tuple[torch.Tensor, ...]:
+    """Of x and the parameters, the outputs of the stages, one kernel each: matrices, but for the last, which has x's
+    leading dimensions. Without `keep` the last alone: each of the others is freed as soon as the next one is there."""
+    x, *params = tensors
+    assert x is not None
     rows = x.shape[:-1].numel()
     hidden = x.reshape(rows, x.shape[-1])
+    outputs: list[torch.Tensor] = []
     for i, then in enumerate(thens):
         weight = params[2 * i]
         assert weight is not None
@@ -47,7 +56,32 @@ def _forward(
         name = None if then is None else then.name
         matmul(hidden, weight.T, bias=params[2 * i + 1], then=name, out=out, precision=precision)
         hidden = out
-        yield output
+        outputs = [*outputs, output] if keep else [output]
+    return tuple(outputs)
+
+
+class _Saving(NamedTuple):
+    """What to keep for backward, as far as it follows from which gradients may be asked for."""
+
+    choose: Callable[[tuple[Any, ...]], tuple[torch.Tensor | None, ...]] | None
+    """Of None, x, the parameters and the outputs: those to save, as x, weights, outputs, or None in its place. None if
+    there are none: nothing is saved for a bias alone, and such a graph may be gone through twice, as torch's."""
+    hidden: tuple[int, ...]
+    """Which outputs but the last are among them."""
+
+
+@functools.cache
+def _saving(thens: Thens, needs: tuple[bool, ...]) -> _Saving:
+    """Of x and the parameters of each stage: `needs` says whose gradients may be asked for."""
+    count = len(thens)
+    flows = _flows(needs)
+    kept = [(bool(thens[i]) and flows[i + 1]) or (i + 1 < count and needs[1 + 2 * (i + 1)]) for i in range(count)]
+    first = 2 + 2 * count
+    x = 1 if needs[1] else 0
+    weights = [2 + 2 * i if flows[i] else 0 for i in range(count)]
+    outputs = [first + i if kept[i] else 0 for i in range(count)]
+    places = (x, *weights, *outputs)
+    return _Saving(operator.itemgetter(*places) if any(places) else None, tuple(i for i in range(count - 1) if kept[i]))
 
 
 class _Linear(torch.autograd.Function):
@@ -62,121 +96,131 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, thens: tuple[Pointwise | None, ...], *params: torch.Tensor | None
+        ctx: Any, thens: Thens, found: Found | None, x: torch.Tensor, *params: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        needs = ctx.needs_input_grad
-        count = len(thens)
-        outputs = list(_forward(x, thens, params))
-        flows = _flows(needs)
-        weights = [params[2 * i] if flows[i] else None for i in range(count)]
-        kept = [
-            outputs[i] if (thens[i] and flows[i + 1]) or (i + 1 < count and needs[2 + 2 * (i + 1)]) else None
-            for i in range(count)
-        ]
+        tensors = (x, *params)
+        outputs = found and found[0].play(tensors, found[1])
+        if outputs is None:
+            outputs = _forward(tensors, thens, _precision(x), True)
+        choose, hidden = _saving(thens, ctx.needs_input_grad[2:])
         ctx.set_materialize_grads(False)
-        ctx.thens, ctx.x_shape = thens, x.shape
-        ctx.is_tensor = (True, False, *(p is not None for p in params))
-        ctx.hidden = [i for i in range(count - 1) if kept[i] is not None]
-        saved = (x if needs[2] else None, *weights, *kept)
-        # Nothing is saved for a bias alone, and such a graph may be gone through twice, as torch's.
-        ctx.saves = any(t is not None for t in saved)
-        if ctx.saves:
-            ctx.save_for_backward(*saved)
-        return (outputs[-1], *(outputs[i] for i in ctx.hidden))
+        ctx.thens, ctx.x_shape, ctx.hidden, ctx.saves = thens, x.shape, hidden, choose is not None
+        ctx.is_tensor = (False, False, *[t is not None for t in tensors])
+        if choose is not None:
+            ctx.save_for_backward(*choose((None, *tensors, *outputs)))
+        if not hidden:
+            return (outputs[-1],)
+        return (outputs[-1], *[outputs[i] for i in hidden])
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *dhidden: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        grads: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dy is None and all(d is None for d in dhidden):
-            return tuple(grads)
-        needs = _dispatch.asked_for(ctx)
+            return (None,) * len(ctx.needs_input_grad)
+        needs = tuple(_dispatch.asked_for(ctx)[2:])
+        saved = ctx.saved_tensors if ctx.saves else (None,) * (1 + 2 * len(ctx.thens))
         # A hidden output has a gradient of its own only in a second derivative.
-        if dy is None or any(d is not None for d in dhidden) or _dispatch.backward_through_torch(dy):
-            _backward_torch(ctx, dy, dict(zip(ctx.hidden, dhidden, strict=True)), needs, grads)
+        if dy is None or dhidden.count(None) != len(dhidden) or _dispatch.backward_through_torch(dy):
+            hidden = dict(zip(ctx.hidden, dhidden, strict=True))
+            grads = _backward_torch(dy, hidden, saved, ctx.thens, ctx.x_shape, needs)
         else:
-            _backward_triton(ctx, dy, needs, grads)
-        return tuple(grads)
+            grads = _backward((dy, *saved), ctx.thens, ctx.x_shape, needs, _precision(dy))
+        return (None, None, *grads)
+
+
+def _precision(x: torch.Tensor) -> str:
+    return _dtypes.matmul_precision() if x.dtype is torch.float32 else "ieee"
 
 
 def _flows(needs: Sequence[bool]) -> list[bool]:
     """For every stage, and at last the end: whether the gradient has to reach its input, because x or a parameter of a
     stage before it wants one."""
     flows = [needs[0]]
-    for i in range(2, len(needs), 2):
+    for i in range(1, len(needs), 2):
         flows.append(flows[-1] or needs[i] or needs[i + 1])
     return flows
 
 
-def _saved(ctx: Any) -> tuple[int, Any, Sequence[Any], Sequence[Any]]:
-    """Rows, x as a matrix, weights, and the outputs as matrices: whatever of it was saved."""
-    count = len(ctx.thens)
-    rows = ctx.x_shape[:-1].numel()
-    x, *rest = ctx.saved_tensors if ctx.saves else [None] * (1 + 2 * count)
-    x = None if x is None else x.reshape(rows, ctx.x_shape[-1])
-    outputs = [None if h is None else h.reshape(rows, h.shape[-1]) for h in rest[count:]]
-    return rows, x, rest[:count], outputs
+def _matrix(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return tensor.reshape(rows, tensor.shape[-1])
 
 
-def _backward_triton(ctx: Any, dy: torch.Tensor, needs: list[bool], grads: list[torch.Tensor | None]) -> None:
-    rows, x, weights, outputs = _saved(ctx)
-    thens, flows = ctx.thens, _flows(needs)
-    precision = _dtypes.matmul_precision()
-    last = len(thens) - 1
+@replayable
+def _backward(
+    tensors: Tensors, thens: Thens, x_shape: torch.Size, needs: tuple[bool, ...], precision: str
+) -> tuple[torch.Tensor | None, ...]:
+    """Of dy and what was saved, the gradients of x and the parameters, as far as needed."""
+    count, rows = len(thens), x_shape[:-1].numel()
+    dy, x = tensors[:2]
+    weights = tensors[2 : 2 + count]
+    outputs = [None if h is None else _matrix(h, rows) for h in tensors[2 + count :]]
+    assert dy is not None
+    dtype, flows, last = dy.dtype, _flows(needs), count - 1
+    grads: list[torch.Tensor | None] = [None] * len(needs)
 
     def column_sums(i: int) -> torch.dtype | None:
         """A bias gradient that no weight gradient carries."""
-        return dy.dtype if needs[3 + 2 * i] and not needs[2 + 2 * i] else None
+        return dtype if needs[2 + 2 * i] and not needs[1 + 2 * i] else None
 
-    dz, grads[3 + 2 * last] = activation_grad(
+    saved = outputs[last]
+    dz, grads[2 + 2 * last] = activation_grad(
         dy.reshape(1, rows, dy.shape[-1]),
-        undo=_undo(thens[last], None if outputs[last] is None else outputs[last][None]),
+        undo=_undo(thens[last], None if saved is None else saved[None]),
         column_sums=column_sums(last),
     )
     dz = dz[0]
     for i in range(last, -1, -1):
-        if needs[2 + 2 * i]:
-            source = x if i == 0 else outputs[i - 1]
+        weight = weights[i]
+        if needs[1 + 2 * i]:
+            source = _matrix(cast(torch.Tensor, x), rows) if i == 0 else outputs[i - 1]
             assert source is not None
-            grads[2 + 2 * i], grads[3 + 2 * i] = matmul(
-                dz.T, source, operand_sums=dy.dtype if needs[3 + 2 * i] else None, precision=precision
+            grads[1 + 2 * i], grads[2 + 2 * i] = matmul(
+                dz.T, source, operand_sums=dtype if needs[2 + 2 * i] else None, precision=precision
             )
         if i > 0 and flows[i]:
-            dz, grads[1 + 2 * i] = matmul(
-                dz, weights[i], undo=_undo(thens[i - 1], outputs[i - 1]), column_sums=column_sums(i - 1), precision=precision
+            assert weight is not None
+            dz, grads[2 * i] = matmul(
+                dz, weight, undo=_undo(thens[i - 1], outputs[i - 1]), column_sums=column_sums(i - 1), precision=precision
             )  # fmt: skip
     if needs[0]:
-        dx = _launch.empty(ctx.x_shape, dtype=dy.dtype, device=dy.device)
-        matmul(dz, weights[0], out=dx.view(rows, ctx.x_shape[-1]), precision=precision)
-        grads[0] = dx
+        assert weights[0] is not None
+        grads[0] = _launch.empty(x_shape, dtype=dtype, device=dy.device)
+        matmul(dz, weights[0], out=_matrix(grads[0], rows), precision=precision)
+    return tuple(grads)
 
 
 def _backward_torch(
-    ctx: Any,
     dy: torch.Tensor | None,
     dhidden: dict[int, torch.Tensor | None],
-    needs: list[bool],
-    grads: list[torch.Tensor | None],
-) -> None:
+    saved: Tensors,
+    thens: Thens,
+    x_shape: torch.Size,
+    needs: tuple[bool, ...],
+) -> list[torch.Tensor | None]:
     """The same in differentiable functions of torch."""
-    rows, x, weights, outputs = _saved(ctx)
-    thens, flows = ctx.thens, _flows(needs)
-    last = len(thens) - 1
+    count, rows = len(thens), x_shape[:-1].numel()
+    x, *rest = saved
+    weights: Any = rest[:count]
+    outputs: Any = [None if h is None else _matrix(h, rows) for h in rest[count:]]
+    flows, last = _flows(needs), count - 1
+    grads: list[torch.Tensor | None] = [None] * len(needs)
     with torch.autocast(next(d for d in (dy, *dhidden.values()) if d is not None).device.type, enabled=False):
-        dh = None if dy is None else dy.reshape(rows, dy.shape[-1])
+        dh = None if dy is None else _matrix(dy, rows)
         for i in range(last, -1, -1):
             extra = dhidden.get(i)
             if extra is not None:
                 dh = extra if dh is None else dh + extra
             if dh is None:
                 continue
-            dz = thens[i].torch_grad(dh, outputs[i]) if thens[i] and flows[i + 1] else dh
-            if needs[3 + 2 * i]:
-                grads[3 + 2 * i] = dz.sum(0)
+            then = thens[i]
+            dz = then.torch_grad(dh, outputs[i]) if then and flows[i + 1] else dh
             if needs[2 + 2 * i]:
-                grads[2 + 2 * i] = dz.T @ (x if i == 0 else outputs[i - 1])
+                grads[2 + 2 * i] = dz.sum(0)
+            if needs[1 + 2 * i]:
+                grads[1 + 2 * i] = dz.T @ (_matrix(cast(torch.Tensor, x), rows) if i == 0 else outputs[i - 1])
             dh = dz @ weights[i] if flows[i] else None
         if needs[0] and dh is not None:
-            grads[0] = dh.reshape(ctx.x_shape)
+            grads[0] = dh.reshape(x_shape)
+    return grads
 
 
 def _why_not_stage(width: int, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
@@ -190,8 +234,10 @@ def _why_not_stage(width: int, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def _why_not_chain(input: torch.Tensor, stages: Sequence[Stage]) -> str | None:
-    params = (p for weight, bias, _ in stages for p in ((weight,) if bias is None else (weight, bias)))
-    reason = _dispatch.why_not(input, *params, autocast=_probe)
+    tensors = [input]
+    for weight, bias, _ in stages:
+        tensors += (weight,) if bias is None else (weight, bias)
+    reason = _dispatch.why_not(*tensors, autocast=_probe)
     if reason is not None:
         return reason
     if input.dim() == 0:
@@ -222,16 +268,48 @@ def _twin(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
 
 
 def _chain(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
-    thens = tuple(stage[2] for stage in stages)
-    x, *params = _dtypes.autocast(_probe, input, *(p for stage in stages for p in stage[:2]))
-    assert x is not None
-    if _dispatch.wants_grad(x, *params):
-        return _Linear.apply(x, thens, *params)[0]  # type: ignore[index]
-    # Of the outputs keep the last alone: each is freed as soon as the next one is there.
-    return collections.deque(_forward(x, thens, params), maxlen=1).pop()
+    thens = tuple([stage[2] for stage in stages])
+    tensors = _dtypes.autocast(_probe, *_tensors(input, stages))
+    x = cast(torch.Tensor, tensors[0])
+    if _dispatch.wants_grad(*tensors):
+        return _Linear.apply(thens, None, *tensors)[0]  # type: ignore[index]
+    return _forward(tensors, thens, _precision(x), False)[0]
 
 
-@accelerated(twin=F.linear, why_not=_why_not)
+def _tensors(input: torch.Tensor, stages: Sequence[Stage]) -> list[torch.Tensor | None]:
+    tensors: list[torch.Tensor | None] = [input]
+    for weight, bias, _ in stages:
+        tensors += (weight, bias)
+    return tensors
+
+
+_apply = _dispatch.applying(_Linear)
+
+
+def _again(tensors: Tensors, thens: Thens) -> torch.Tensor | None:
+    seen = None if torch._C._is_any_autocast_enabled() else kind(tensors)
+    if seen is None or tensors[0] is None:
+        return None
+    key, addresses, grad = seen
+    grad = grad and torch.is_grad_enabled()
+    take = _forward.find(key, thens, _precision(tensors[0]), grad)
+    if take is None:
+        return None
+    if grad:
+        return _apply(thens, (take, addresses), *tensors)[0]
+    results = take.play(tensors, addresses)
+    return None if results is None else results[0]
+
+
+def _linear_again(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    return _again((input, weight, bias), _LONE)
+
+
+def _chain_again(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor | None:
+    return _again(_tensors(input, stages), tuple([stage[2] for stage in stages]))
+
+
+@accelerated(twin=F.linear, why_not=_why_not, again=_linear_again)
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """input @ weight.T + bias. As torch.nn.functional.linear.
 
@@ -246,7 +324,7 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     return _chain(input, ((weight, bias, None),))
 
 
-@accelerated(twin=_twin, why_not=_why_not_chain)
+@accelerated(twin=_twin, why_not=_why_not_chain, again=_chain_again)
 def linear_chain(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
     """Linear layers and the activations between them, one kernel a layer in forward and two in backward.
 

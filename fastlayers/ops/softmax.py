@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from .. import _dispatch, _dtypes
-from .._dispatch import DTYPES, BadInput, accelerated
+from .._dispatch import DTYPES, BadInput, accelerated, replayable
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
     from ..kernels import softmax as kernels
+    from ..kernels._replay import Found, kind
+
+
+@replayable
+def _forward(tensors: Sequence[torch.Tensor | None], dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    (x,) = tensors
+    assert x is not None
+    return (kernels.softmax(x, dim, dtype),)
+
+
+@replayable
+def _backward(tensors: Sequence[torch.Tensor | None], dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    dy, y = tensors
+    assert dy is not None and y is not None
+    return (kernels.softmax_grad(dy, y, dim, dtype),)
 
 
 class _Softmax(torch.autograd.Function):
     """x (*, D, *) -> y (*, D, *) in `dtype`; dx = y (dy - sum dy y) in x's dtype. Saves y alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dim: int, dtype: torch.dtype, found: Found | None) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.dim, ctx.dtype = dim, x.dtype
-        y = kernels.softmax(x, dim, dtype)
+        results = found and found[0].play((x,), found[1])
+        (y,) = results or _forward((x,), dim, dtype)
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
-            return None, None, None
+            return None, None, None, None
         (y,) = ctx.saved_tensors
         if _dispatch.backward_through_torch(dy):
             with torch.autocast(y.device.type, enabled=False):
                 accumulate = torch.promote_types(y.dtype, torch.float32)
                 y, dy = y.to(accumulate), dy.to(accumulate)
-                return (y * (dy - (dy * y).sum(ctx.dim, keepdim=True))).to(ctx.dtype), None, None
-        return kernels.softmax_grad(dy, y, ctx.dim, ctx.dtype), None, None
+                return (y * (dy - (dy * y).sum(ctx.dim, keepdim=True))).to(ctx.dtype), None, None, None
+        return (*_backward((dy, y), ctx.dim, ctx.dtype), None, None, None)
+
+
+_apply = _dispatch.applying(_Softmax)
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:
@@ -59,15 +79,32 @@ def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | 
     return None if dtype is None else _dispatch.why_not_dtype(dtype)
 
 
-@accelerated(twin=_twin, why_not=_why_not)
+def _again(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor | None:
+    seen = None if type(dim) is not int or torch._C._is_any_autocast_enabled() else kind((input,))
+    if seen is None:
+        return None
+    key, addresses, grad = seen
+    if dim < 0:
+        dim += input.dim()
+    dtype = dtype or input.dtype
+    take = _forward.find(key, dim, dtype)
+    if take is None:
+        return None
+    if grad and torch.is_grad_enabled():
+        return _apply(input, dim, dtype, (take, addresses))
+    results = take.play((input,), addresses)
+    return None if results is None else results[0]
+
+
+@accelerated(twin=_twin, why_not=_why_not, again=_again)
 def _softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor:
     dtype = dtype or _dtypes.after_autocast(_probe, input)
     if torch.promote_types(input.dtype, dtype) != dtype:
         input = input.to(dtype)  # torch rounds before the operation; a widening happens in the kernel
     dim %= input.dim()
     if _dispatch.wants_grad(input):
-        return _Softmax.apply(input, dim, dtype)  # type: ignore[return-value]
-    return kernels.softmax(input, dim, dtype)
+        return _Softmax.apply(input, dim, dtype, None)  # type: ignore[return-value]
+    return _forward((input,), dim, dtype)[0]
 
 
 def softmax(

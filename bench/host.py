@@ -1,0 +1,306 @@
+"""What one call costs on the CPU, against torch's: door, autograd.Function, launcher, everything but the driver.
+
+    python -m bench host [--match linear] [--rounds 60] [--json FILE]
+
+Needs no GPU. Kernels are compiled for sm_90 and launched by Triton's own Python, down to the call into the CUDA driver,
+which does nothing here; the tensors lie in the CPU's memory and nothing is computed for ours. torch's calls run on the
+same small CPU tensors and do compute: a few hundred nanoseconds of arithmetic that its CUDA calls don't have, in place of
+the cuBLAS heuristics and the driver's launches that they do have and that are missing here for both. So compare the
+ratios of one machine, and don't take the microseconds for those of a GPU.
+
+All calls of a table are timed in one process, in turns, in batches of many calls, by the thread's CPU time; a cell is
+the median of the batches with their 20th and 80th percentile, a ratio the median of those of neighbouring batches: a busy
+machine slows both.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime.driver import driver
+
+import fastlayers
+import fastlayers.functional as FL
+from fastlayers import _dispatch, nn
+from fastlayers.kernels import _launch, _replay, _tiles
+from fastlayers.ops import linear as linear_op
+
+_LAUNCHES_FROM_PYTHON = hasattr(nvidia, "PyKernelArg")
+
+
+class _NoLauncher:
+    """Where Triton (3.6) would compile a launcher in C for each kernel, which needs CUDA's library."""
+
+    def __init__(self, src: Any, metadata: Any):
+        pass
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
+class _Utils:
+    """What Triton's launcher calls of its C: everything but the last call is its own."""
+
+    def load_binary(self, *args: Any) -> tuple[int, ...]:
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448, "multiprocessor_count": 132}
+
+    def build_signature_metadata(self, signature: Any) -> bytes:
+        return b""
+
+    def launch(self, *args: Any) -> None:
+        pass
+
+
+class StubDriver:
+    """A Hopper GPU that is the CPU: its tensors are the CPU's, its launches do nothing."""
+
+    def __init__(self) -> None:
+        self.utils = _Utils()
+        self.launcher_cls: Any = nvidia.CudaLauncher if _LAUNCHES_FROM_PYTHON else _NoLauncher
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return -1  # what a CPU tensor's get_device() says
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[None]:
+    """Within, the kernels take CPU tensors, compile for sm_90, and are launched into the void."""
+    if _launch.INTERPRETED:
+        raise RuntimeError("under TRITON_INTERPRET=1 there is no launch to time")
+    annotation = getattr(nvidia, "PyKernelArg", None)  # a class in C, loaded with CUDA's library
+    before = _dispatch._why_not_device, _tiles.device, driver._active
+    _dispatch._why_not_device = lambda device: None
+    _tiles.device = lambda device: _tiles.Device("sm_90", 132)  # type: ignore[assignment]
+    nvidia.PyKernelArg = lambda **_: None  # type: ignore[assignment]
+    driver.set_active(StubDriver())  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        _dispatch._why_not_device, _tiles.device, driver._active = before
+        nvidia.PyKernelArg = annotation
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same work by torch and by us, and how often torch's time ours may be (None: no goal)."""
+
+    name: str
+    theirs: Callable[[], object]
+    ours: Callable[[], object]
+    goal: float | None = None
+
+
+def _no_grad(call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def _backward(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], object]:
+    dy = torch.randn_like(call())
+
+    def step() -> None:
+        call().backward(dy)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def _family(name: str, theirs: Callable[..., Any], ours: Callable[..., Any], *tensors: torch.Tensor) -> list[Case]:
+    """Forward without and with a graph, forward and backward of one function of some tensors."""
+    plain = [t.detach().requires_grad_(False) for t in tensors]
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    return [
+        Case(f"{name} forward", lambda: theirs(*plain), lambda: ours(*plain), 1.3),
+        Case(f"{name} forward, graph recorded", lambda: theirs(*leaves), lambda: ours(*leaves), 1.3),
+        Case(
+            f"{name} forward + backward",
+            _backward(lambda: theirs(*leaves), leaves),
+            _backward(lambda: ours(*leaves), leaves),
+            1.2,
+        ),
+    ]
+
+
+def _mlp(space: Any, *widths: int) -> torch.nn.Module:
+    a, b, c, d = widths
+    return space.Sequential(space.Linear(a, b), space.ReLU(), space.Linear(b, c), space.ReLU(), space.Linear(c, d))
+
+
+def cases() -> list[Case]:
+    """What is timed. The tutorial MLP: ours at its real sizes, torch's at sizes that the CPU computes in no time."""
+    r = torch.randn
+    found = _family("linear", F.linear, FL.linear, r(8, 16), r(16, 16), r(16))
+    found += _family("relu", F.relu, FL.relu, r(8, 16))
+    found += _family("softmax", lambda x: F.softmax(x, -1), lambda x: FL.softmax(x, -1), r(8, 16))
+    found += _family("conv2d 1x1", F.conv2d, FL.conv2d, r(2, 4, 4, 4), r(4, 4, 1, 1), r(4))
+    theirs, ours = _mlp(torch.nn, 16, 16, 16, 8), _mlp(nn, 784, 512, 512, 10)
+    x, y = r(8, 16), r(64, 784)
+    found.append(
+        Case("tutorial MLP forward", _no_grad(lambda: theirs(x)), _no_grad(lambda: ours(y)), 1.0),
+    )
+    steps = [_backward(lambda m=m, v=v: m(v), list(m.parameters())) for m, v in ((theirs, x), (ours, y))]
+    found.append(Case("tutorial MLP forward + backward", steps[0], steps[1], 1.0))
+    plain = r(8, 16), r(16, 16), r(16)
+
+    def refused() -> torch.Tensor:
+        with fastlayers.policy("torch"):
+            return FL.linear(*plain)
+
+    found.append(Case("linear by torch, through our door", lambda: F.linear(*plain), refused))
+    return found
+
+
+def parts() -> dict[str, Callable[[], object]]:
+    """What `linear forward` is made of: the pieces, each called as the call itself does."""
+    x, w, b = torch.randn(8, 16), torch.randn(16, 16), torch.randn(16)
+    tensors = (x, w, b)
+    for _ in range(3):
+        FL.linear(*tensors)
+    options = ((None,), "ieee", False)
+    seen = _replay.kind(tensors)
+    assert seen is not None
+    key, addresses, _ = seen
+    take = linear_op._forward.find([*key], *options)
+    assert take is not None
+    allocate = _launch.allocate_quickly["cpu"]
+    step = take.steps[0]
+    programs, run, function, fixed, pointers, rest, packs = step[1:8]
+    arguments = (*pointers([*addresses[:4], torch.empty(8, 16).data_ptr()]), *rest)
+    arguments = (arguments,) if packs else arguments
+    return {
+        "the whole call": lambda: FL.linear(*tensors),
+        "does anybody watch?": _dispatch._observed,
+        "what kind of tensors are these?": lambda: _replay.kind(tensors),
+        "the look-up": lambda: linear_op._forward.find([*key], *options),
+        "allocating the output": lambda: allocate((8, 16), (16, 1), torch.float32),
+        "the launch, Triton's C stubbed": lambda: run(programs, 1, 1, 0, function, *fixed, *arguments),
+        "the replay, both within": lambda: take.play(tensors, addresses[:4]),
+        "a call of an empty function (in each row)": lambda: None,
+        "for comparison: the launch without a replay": lambda: linear_op._forward.work(tensors, *options),
+    }
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds a call, batch by batch."""
+
+    batches: tuple[float, ...]
+
+    @property
+    def p20(self) -> float:
+        return statistics.quantiles(self.batches, n=5, method="inclusive")[0]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.batches)
+
+    @property
+    def p80(self) -> float:
+        return statistics.quantiles(self.batches, n=5, method="inclusive")[3]
+
+    def over(self, other: "Time") -> float:
+        return statistics.median(a / b for a, b in zip(self.batches, other.batches, strict=True))
+
+    def summary(self) -> dict[str, float]:
+        return {"p20": self.p20, "median": self.median, "p80": self.p80}
+
+    def __str__(self) -> str:
+        return f"{self.median:7.2f} ({self.p20:.2f} - {self.p80:.2f})"
+
+
+def measure(calls: list[Callable[[], object]], rounds: int, milliseconds: float = 2.0) -> list[Time]:
+    """The time of each call, all taking turns `rounds` times in batches of about so many milliseconds."""
+    clock, batches = time.thread_time_ns, []
+    for call in calls:
+        for _ in range(20):
+            call()
+        begin = clock()
+        for _ in range(20):
+            call()
+        batches.append(max(1, int(20 * milliseconds * 1e6 / (clock() - begin))))
+    samples: list[list[float]] = [[] for _ in calls]
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for call, count, times in zip(calls, batches, samples, strict=True):
+                begin = clock()
+                for _ in range(count):
+                    call()
+                times.append((clock() - begin) / count / 1e3)
+            gc.collect(0)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return [Time(tuple(times)) for times in samples]
+
+
+def main(argv: list[str]) -> int:
+    """Print both tables. Exit status 0 whatever the figures are: a shared machine is no judge."""
+    parser = argparse.ArgumentParser(prog="python -m bench host", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=60, help="at least 2")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(argv)
+    if _launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: there is no launch to time")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with stubbed(), fastlayers.policy("auto"):
+            chosen = [case for case in cases() if options.match in case.name]
+            times = measure([call for case in chosen for call in (case.theirs, case.ours)], max(options.rounds, 2))
+            pieces = parts()
+            piece_times = dict(zip(pieces, measure(list(pieces.values()), max(options.rounds, 2)), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"us a call, median (p20 - p80)\n{'':34} {'torch':>24} {'ours':>24}  ratio  goal")
+    rows = []
+    for case, theirs, ours in zip(chosen, times[::2], times[1::2], strict=True):
+        ratio = ours.over(theirs)
+        goal = "" if case.goal is None else f"{case.goal:.1f}"
+        print(f"{case.name:34} {theirs!s:>24} {ours!s:>24}  {ratio:5.2f}  {goal:>4}")
+        rows.append(
+            {"case": case.name, "torch": theirs.summary(), "ours": ours.summary(), "ratio": ratio, "goal": case.goal}
+        )
+    print("\nwhat `linear forward` is made of")
+    for name, spent in piece_times.items():
+        print(f"{name:46} {spent}")
+    if options.json:
+        environment = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+        made_of = {name: spent.summary() for name, spent in piece_times.items()}
+        everything = {"environment": environment, "cases": rows, "parts": made_of}
+        options.json.write_text(json.dumps(everything, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

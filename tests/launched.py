@@ -1,0 +1,365 @@
+"""What reaches Triton's launcher, with a driver that launches nothing: run by test_host.py in a process of its own, since
+the suite's interprets. Compiling is replaced, so that hundreds of specialisations cost nothing; choosing them is Triton's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+import fastlayers
+import fastlayers.functional as FL
+from bench import host
+from fastlayers import nn
+from fastlayers.kernels import _launch, _replay, _tiles, matmul, pointwise, reduce, softmax
+from fastlayers.ops import linear as linear_op
+from fastlayers.ops import pointwise as pointwise_op
+from fastlayers.ops import softmax as softmax_op
+
+KERNELS = [k for m in (matmul, pointwise, reduce, softmax) for k in vars(m).values() if hasattr(k, "device_caches")]
+
+
+class Gpu(host.StubDriver):
+    """Writes down every call of the launcher in C, and calls the hooks that it would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device, self.stream, self.launches = -1, 0, []
+        self.utils.launch = self.launch  # type: ignore[method-assign]
+        handles = itertools.count(1)
+        self.utils.load_binary = lambda *a: (next(handles), next(handles), 32, 0, 1024)  # type: ignore[method-assign]
+        if self.launcher_cls is host._NoLauncher:
+            self.launcher_cls = lambda src, metadata: self.launch
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return self.stream
+
+    def launch(self, *args: Any) -> None:
+        flat = [*args[:-1], *args[-1]] if isinstance(args[-1], tuple) else [*args]
+        hooks = [a for a in flat if isinstance(a, triton.knobs.HookChain)]
+        for hook in hooks:
+            hook(None)
+        # No hook, and None for one, are the same to it.
+        flat = [None if a in hooks or isinstance(a, triton.compiler.LazyDict) else a for a in flat]
+        self.launches.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in flat])
+
+
+def compile(src: Any, target: Any, options: Any, **_: Any) -> CompiledKernel:
+    """A kernel that is never run, one for each specialisation that Triton asks for."""
+    kernel = object.__new__(CompiledKernel)
+    names = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align", "shared")
+    kernel.metadata = SimpleNamespace(  # type: ignore[assignment]
+        **dict.fromkeys(names, 0), launch_cooperative_grid=False, launch_pdl=False, num_warps=4, tmem_size=None
+    )
+    kernel.src, kernel.name, kernel.kernel, kernel.hash = src, src.fn.__name__, b"", ""  # type: ignore[assignment]
+    kernel.packed_metadata = (4, 1, 0)
+    kernel.metadata_group = {}
+    kernel.module = kernel.function = kernel._run = None
+    return kernel
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    monkeypatch.setattr(triton.compiler, "compile", compile)
+    with host.stubbed(), fastlayers.policy("triton"):
+        gpu = Gpu()
+        driver.set_active(gpu)  # type: ignore[arg-type]
+        forget()
+        yield gpu
+        forget()
+
+
+def forget() -> None:
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+    for op in (linear_op, pointwise_op, softmax_op):
+        op._forward.takes.clear()
+        op._backward.takes.clear()
+
+
+@contextlib.contextmanager
+def ordinarily() -> Iterator[None]:
+    """Every launch by Triton's own kernel[grid](...)."""
+    _launch.trace = []
+    try:
+        yield
+    finally:
+        _launch.trace = None
+
+
+@contextlib.contextmanager
+def allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+    """What is allocated within; kept, so that no address comes twice."""
+    made: list[torch.Tensor] = []
+
+    def allocate(size: Any, stride: Any, *, dtype: Any, device: Any) -> torch.Tensor:
+        made.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_launch, "allocate", allocate)
+        patch.setattr(_launch, "allocate_quickly", {})
+        yield made
+
+
+def seen(gpu: Gpu, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """The launches of a call, with what it allocated called by its turn; and what that was."""
+    gpu.launches.clear()
+    with allocations(monkeypatch) as made:
+        call()
+        names = {t.data_ptr(): f"allocation {i}" for i, t in enumerate(made)}
+    launches = [[names.get(a, a) if isinstance(a, int) else a for a in launch] for launch in gpu.launches]
+    return launches, [(t.shape, t.stride(), t.dtype) for t in made]
+
+
+def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one at every replay."""
+    counted: list[None] = []
+    play = _replay._Take.play
+    monkeypatch.setattr(_replay._Take, "play", lambda *a: (counted.append(None), play(*a))[1])
+    return counted
+
+
+def step(call: Callable[..., torch.Tensor], *leaves: torch.Tensor | None) -> Callable[[], None]:
+    """Forward and backward, with a gradient that lies at the same address every time."""
+    inputs = [t for t in leaves if t is not None]
+    dy = torch.randn_like(call(*leaves))
+
+    def run() -> None:
+        torch.autograd.grad(call(*leaves), inputs, dy)
+
+    return run
+
+
+def odd(t: torch.Tensor) -> torch.Tensor:
+    """The same at an address that 16 does not divide."""
+    flat = torch.empty(t.numel() + 1, dtype=t.dtype)
+    assert flat.data_ptr() % 16 == 0
+    return flat[1:].view(t.shape).requires_grad_(t.requires_grad)
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def linears(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Everything that Triton specialises for: sizes of 1 and of 16, strides, alignment, a bias or none."""
+
+    def r(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+    for m, k, n in ((1, 1, 1), (16, 32, 48), (5, 32, 48), (16, 31, 48), (16, 32, 1), (300, 1024, 513), (7, 4096, 64)):
+        yield r(m, k), r(n, k), r(n)
+        yield r(m, k), r(n, k), None
+        yield odd(r(m, k)), r(n, k), r(n)
+        yield r(m, k), odd(r(n, k)), r(n)
+        yield r(m, k), r(n, k), odd(r(n))
+        yield r(k, m).T, r(k, n).T, r(n)
+        yield r(m, 2 * k)[:, ::2], r(n, k), r(2 * n)[::2]
+        yield r(2, m, k), r(n, k), r(n)
+        yield r(1, k).expand(m, k), r(n, k), r(n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_replay_launches_what_triton_would(dtype: torch.dtype, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same compiled kernels, grids, streams and arguments, and the same allocations, whatever came before."""
+    counted = plays(monkeypatch)
+    for repeat in range(3):
+        for x, w, b in linears(dtype):
+            leaves = [t.detach().requires_grad_() if t is not None and not t.is_leaf else t for t in (x, w, b)]
+            run = step(FL.linear, *leaves)
+            before = len(counted)
+            got = seen(gpu, run, monkeypatch)
+            assert repeat < 2 or len(counted) == before + 2
+            with ordinarily():
+                assert got == seen(gpu, run, monkeypatch)
+            assert got[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_replay_of_other_layers(dtype: torch.dtype, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = plays(monkeypatch)
+    shapes = ((3, 5), (16, 64), (1, 1), (4, 40_000), (2, 3, 4, 16))
+    for repeat in range(3):
+        for shape, unaligned in itertools.product(shapes, (False, True)):
+            x = torch.empty(shape, dtype=dtype, requires_grad=True)
+            x = odd(x.detach()).requires_grad_() if unaligned else x
+            for layer in (FL.relu, lambda x: FL.softmax(x, -1), lambda x: FL.softmax(x, 0)):
+                run = step(layer, x)
+                before = len(counted)
+                got = seen(gpu, run, monkeypatch)
+                assert repeat < 2 or len(counted) == before + 2
+                with ordinarily():
+                    assert got == seen(gpu, run, monkeypatch)
+
+
+def test_a_chain_is_two_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    run = step(lambda x, *_: net(x), torch.empty(64, 784, requires_grad=True), *net.parameters())
+    counted = plays(monkeypatch)
+    for _ in range(4):
+        got = seen(gpu, run, monkeypatch)
+    assert len(counted) >= 4
+    with ordinarily():
+        assert got == seen(gpu, run, monkeypatch)
+
+
+def test_no_replay_outlives_the_moment(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inference chain frees each hidden output as soon as the next one is there, and no tensor is kept."""
+    net = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)])
+    x = torch.empty(64, 64)
+    alive: list[int] = []
+    most = 0
+
+    class Watched(torch.Tensor):
+        def __del__(self) -> None:
+            alive.pop()
+
+    def allocate(size: Any, stride: Any, *, dtype: Any, device: Any) -> torch.Tensor:
+        nonlocal most
+        alive.append(1)
+        most = max(most, len(alive))
+        return torch.empty_strided(size, stride, dtype=dtype, device=device).as_subclass(Watched)
+
+    with torch.no_grad():
+        for _ in range(3):
+            net(x)
+        counted = plays(monkeypatch)
+        monkeypatch.setattr(_launch, "allocate", allocate)
+        monkeypatch.setattr(_launch, "allocate_quickly", {})
+        net(x)
+    assert len(counted) == 1
+    assert most <= 3  # a hidden output, the next one, and a workspace
+    assert not alive
+
+
+def test_hooks_see_every_launch(gpu: Gpu) -> None:
+    """A profiler's, Triton's own way."""
+    x = torch.empty(16, 16)
+    for _ in range(4):
+        FL.relu(x)
+    calls: list[str] = []
+    for kind, chain in (
+        ("enter", triton.knobs.runtime.launch_enter_hook),
+        ("exit", triton.knobs.runtime.launch_exit_hook),
+    ):
+        hook = lambda metadata, kind=kind: calls.append(kind)  # noqa: E731
+        chain.add(hook)
+        FL.relu(x)
+        chain.remove(hook)
+    assert calls == ["enter", "exit"]
+    before, seen_by = triton.knobs.runtime.launch_enter_hook, []
+    triton.knobs.runtime.launch_enter_hook = type(before)()
+    triton.knobs.runtime.launch_enter_hook.add(seen_by.append)
+    FL.relu(x)
+    triton.knobs.runtime.launch_enter_hook = before
+    assert len(seen_by) == 1
+    kernel: Any = pointwise._pointwise_kernel
+    kernel.add_pre_run_hook(lambda *a, **k: calls.append("before"))
+    FL.relu(x)
+    kernel.pre_run_hooks.clear()
+    FL.relu(x)
+    assert calls == ["enter", "exit", "before"]
+
+
+def test_the_current_stream_and_device(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(16, 16)
+    for _ in range(3):
+        FL.relu(x)
+    counted = plays(monkeypatch)
+    gpu.launches.clear()
+    for gpu.stream in (0, 7, 0, 11):
+        FL.relu(x)
+    assert [launch[3] for launch in gpu.launches] == [0, 7, 0, 11]
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, gpu.device = gpu.device, index
+        entered.append(index)
+        yield
+        gpu.device = before
+
+    entered: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device", device)
+    gpu.device = 3
+    FL.relu(x)
+    assert entered == [-1]
+    assert gpu.device == 3
+    assert len(counted) == 5
+
+
+def test_another_driver_or_debugging_is_another_matter(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(16, 16)
+    for _ in range(3):
+        FL.relu(x)
+    functions = {launch[4] for launch in gpu.launches}
+    assert len(functions) == 1
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+    FL.relu(x)
+    assert gpu.launches[-1][4] not in functions
+    monkeypatch.undo()
+    monkeypatch.setattr(triton.compiler, "compile", compile)
+    other = Gpu()
+    driver.set_active(other)  # type: ignore[arg-type]
+    pointwise._pointwise_kernel.device_caches.clear()  # type: ignore[attr-defined]
+    count = len(gpu.launches)
+    FL.relu(x)
+    assert len(gpu.launches) == count
+    assert len(other.launches) == 1
+
+
+def test_unaligned_memory_from_the_allocator(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel compiled for aligned addresses is never given another."""
+    x = torch.empty(16, 16)
+    for _ in range(3):
+        FL.relu(x)
+    (aligned,) = {launch[4] for launch in gpu.launches}
+    monkeypatch.setattr(_launch, "allocate", lambda size, stride, **k: odd(torch.empty(size, dtype=k["dtype"])))
+    monkeypatch.setattr(_launch, "allocate_quickly", {})
+    for _ in range(3):
+        FL.relu(x)
+        assert gpu.launches[-1][4] != aligned
+    monkeypatch.undo()
+
+
+def test_tensors_of_one_storage(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight and bias as slices of one buffer are told apart; one tensor in two places is not replayed."""
+    flat = torch.empty(16 * 16 + 16)
+    w, b, x = flat[: 16 * 16].view(16, 16), flat[16 * 16 :], torch.empty(16, 16)
+    counted = plays(monkeypatch)
+    for _ in range(4):
+        got = seen(gpu, lambda: FL.linear(x, w, b), monkeypatch)
+    assert len(counted) == 2
+    with ordinarily():
+        assert got == seen(gpu, lambda: FL.linear(x, w, b), monkeypatch)
+    linear_op._forward.takes.clear()
+    for _ in range(4):
+        got = seen(gpu, lambda: FL.linear(x, x), monkeypatch)
+    assert len(counted) == 2
+    with ordinarily():
+        assert got == seen(gpu, lambda: FL.linear(x, x), monkeypatch)
+
+
+def test_offline_audit_seam(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever puts a function in the place of `launch` sees every launch."""
+    x = torch.empty(16, 16)
+    for _ in range(3):
+        FL.relu(x)
+    launched: list[str] = []
+    monkeypatch.setattr(_launch, "launch", lambda kernel, programs, *args, **meta: launched.append(kernel.__name__))
+    FL.relu(x)
+    assert launched == ["_pointwise_kernel"]
+    with _tiles.force(pointwise=_tiles.Tile(1, 64)):
+        FL.relu(x)
+    assert len(launched) == 2
