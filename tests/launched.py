@@ -49,13 +49,21 @@ class Gpu(host.StubDriver):
         return self.stream
 
     def launch(self, *args: Any) -> None:
-        flat = [*args[:-1], *args[-1]] if isinstance(args[-1], tuple) else [*args]
+        *fixed, last = args
+        flat = [*fixed, *last] if isinstance(last, (tuple, list)) else [*args]
         hooks = [a for a in flat if isinstance(a, triton.knobs.HookChain)]
         for hook in hooks:
             hook(None)
         # No hook, and None for one, are the same to it.
-        flat = [None if a in hooks or isinstance(a, triton.compiler.LazyDict) else a for a in flat]
-        self.launches.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in flat])
+        nothing = (triton.knobs.HookChain, triton.compiler.LazyDict)
+        flat = [None if isinstance(a, nothing) else a for a in flat]
+        self.launches.append([*map(_address, flat)])
+
+
+def _address(argument: Any) -> Any:
+    if isinstance(argument, TensorDescriptor):
+        return _address(argument.base), argument.shape, argument.strides, argument.block_shape, argument.padding
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
 def compile(src: Any, target: Any, options: Any, **_: Any) -> CompiledKernel:
@@ -122,7 +130,13 @@ def seen(gpu: Gpu, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> 
     with allocations(monkeypatch) as made:
         call()
         names = {t.data_ptr(): f"allocation {i}" for i, t in enumerate(made)}
-    launches = [[names.get(a, a) if isinstance(a, int) else a for a in launch] for launch in gpu.launches]
+
+    def named(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(map(named, argument))
+        return names.get(argument, argument) if isinstance(argument, int) else argument
+
+    launches = [[*map(named, launch)] for launch in gpu.launches]
     return launches, [(t.shape, t.stride(), t.dtype) for t in made]
 
 
@@ -218,7 +232,7 @@ def test_a_chain_is_two_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @triton.jit
-def _copy_kernel(source, target_ptr, N: tl.constexpr):
+def _copy_kernel(target_ptr, source, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(target_ptr + (i[:, None] * N + i[None, :]), source.load([0, 0]))
 
@@ -232,7 +246,7 @@ def test_descriptors(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
         z = _launch.empty_like(x)
         for source, target in ((x, y), (y, z)):
             described = TensorDescriptor(source.T, [16, 16], [16, 1], [16, 16])
-            _launch.launch(_copy_kernel, 1, described, target, N=16)
+            _launch.launch(_copy_kernel, 1, target, described, N=16)
         return (z,)
 
     replayable = _replay.Replayable(work)

@@ -285,7 +285,7 @@ def test_results_and_options_are_told_apart(plays: list[None], device: torch.dev
 
 
 @triton.jit
-def _copy_kernel(source, target_ptr, N: tl.constexpr):
+def _copy_kernel(target_ptr, source, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(target_ptr + (i[:, None] * N + i[None, :]), source.load([0, 0]))
 
@@ -296,7 +296,7 @@ def test_descriptors(plays: list[None], device: torch.device) -> None:
 
     def work(tensors: Any) -> tuple[torch.Tensor, ...]:
         y = _launch.empty_like(tensors[0])
-        _launch.launch(_copy_kernel, 1, TensorDescriptor.from_tensor(tensors[0], [16, 16]), y, N=16)
+        _launch.launch(_copy_kernel, 1, y, TensorDescriptor.from_tensor(tensors[0], [16, 16]), N=16)
         return (y,)
 
     replayable = _replay.Replayable(work)
