@@ -191,7 +191,7 @@ def parts() -> dict[str, Callable[[], object]]:
     assert take is not None
     allocate = _launch.allocate_quickly["cpu"]
     step = take.steps[0]
-    programs, run, function, fixed, pointers, rest, packs = step[1:8]
+    programs, run, function, fixed, pointers, rest, packs = step[2:9]
     arguments = (*pointers([*addresses[:4], torch.empty(8, 16).data_ptr()]), *rest)
     arguments = (arguments,) if packs else arguments
     return {

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastlayers
 import fastlayers.functional as FL
@@ -279,6 +282,28 @@ def test_results_and_options_are_told_apart(plays: list[None], device: torch.dev
                 assert a is b if b is None or b is x or b is y else torch.equal(a, b)  # type: ignore[arg-type]
     assert len(plays) == 4
     assert len(replayable.takes) == 2
+
+
+@triton.jit
+def _copy_kernel(target_ptr, source, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(target_ptr + (i[:, None] * N + i[None, :]), source.load([0, 0]))
+
+
+def test_descriptors(plays: list[None], device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a tensor memory accelerator")
+
+    def work(tensors: Any) -> tuple[torch.Tensor, ...]:
+        y = _launch.empty_like(tensors[0])
+        _launch.launch(_copy_kernel, 1, y, TensorDescriptor.from_tensor(tensors[0], [16, 16]), N=16)
+        return (y,)
+
+    replayable = _replay.Replayable(work)
+    for _ in range(4):
+        x = torch.randn(16, 16, device=device)
+        assert torch.equal(replayable((x,))[0], x)
+    assert len(plays) == 2
 
 
 def test_forgets_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
