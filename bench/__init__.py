@@ -1,1 +1,1 @@
-"""What the kernels cost: compiled offline and read (`python -m bench.audit`), without a GPU."""
+"""The measuring house: what the kernels cost, read off the compiled code without a GPU, and timed on one."""

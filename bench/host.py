@@ -39,6 +39,8 @@ from fastlayers import _dispatch, nn
 from fastlayers.kernels import _launch, _replay, _tiles
 from fastlayers.ops import linear as linear_op
 
+_LAUNCHES_FROM_PYTHON = hasattr(nvidia, "PyKernelArg")
+
 
 class _NoLauncher:
     """Where Triton (3.6) would compile a launcher in C for each kernel, which needs CUDA's library."""
@@ -71,7 +73,7 @@ class StubDriver:
 
     def __init__(self) -> None:
         self.utils = _Utils()
-        self.launcher_cls: Any = nvidia.CudaLauncher if hasattr(nvidia, "PyKernelArg") else _NoLauncher
+        self.launcher_cls: Any = nvidia.CudaLauncher if _LAUNCHES_FROM_PYTHON else _NoLauncher
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -88,7 +90,7 @@ def stubbed() -> Iterator[None]:
     """Within, the kernels take CPU tensors, compile for sm_90, and are launched into the void."""
     if _launch.INTERPRETED:
         raise RuntimeError("under TRITON_INTERPRET=1 there is no launch to time")
-    annotation = getattr(nvidia, "PyKernelArg", None)
+    annotation = getattr(nvidia, "PyKernelArg", None)  # a class in C, loaded with CUDA's library
     before = _dispatch._why_not_device, _tiles.device, driver._active
     _dispatch._why_not_device = lambda device: None
     _tiles.device = lambda device: _tiles.Device("sm_90", 132)  # type: ignore[assignment]
@@ -189,7 +191,7 @@ def parts() -> dict[str, Callable[[], object]]:
     assert take is not None
     allocate = _launch.allocate_quickly["cpu"]
     step = take.steps[0]
-    programs, run, function, fixed, pointers, rest, packs = step[1:8]
+    programs, run, function, fixed, pointers, rest, packs = step[2:9]
     arguments = (*pointers([*addresses[:4], torch.empty(8, 16).data_ptr()]), *rest)
     arguments = (arguments,) if packs else arguments
     return {
@@ -294,8 +296,9 @@ def main(argv: list[str]) -> int:
         print(f"{name:46} {spent}")
     if options.json:
         environment = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-        figures = {"environment": environment, "cases": rows, "parts": {k: v.summary() for k, v in piece_times.items()}}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        made_of = {name: spent.summary() for name, spent in piece_times.items()}
+        everything = {"environment": environment, "cases": rows, "parts": made_of}
+        options.json.write_text(json.dumps(everything, indent=1) + "\n")
     return 0
 
 

@@ -29,9 +29,7 @@ class Captured:
             if tensor is not None
         ]
         self._children = [(m._modules, name) for m in self._modules for name in m._modules]
-        self._trains = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (*inputs, *(own[name] for own, name in self._tensors))
-        )
+        self._trains = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *module.parameters()))
         buffers = [(b, b.detach().clone()) for b in module.buffers()]
         with torch.set_grad_enabled(self._trains):
             self._call: Any = torch.cuda.make_graphed_callables(inner, samples)

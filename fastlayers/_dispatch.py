@@ -14,7 +14,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -32,7 +32,6 @@ MISSING: str | None = None
 try:
     from .kernels import _launch
     from .kernels._replay import Replayable as replayable
-    from .kernels._replay import kind
 except ImportError as _error:
     MISSING = "triton is not installed" if (_error.name or "").split(".")[0] == "triton" else f"no kernels: {_error}"
 
@@ -190,22 +189,27 @@ def backward_through_torch(*gradients: torch.Tensor | None) -> bool:
     return False
 
 
-def asked_for(ctx: Any) -> tuple[bool, ...]:
+def asked_for(ctx: Any) -> list[bool]:
     """Which arguments this very backward must give a gradient for: torch.autograd.grad may ask for a few of those that
     require one. Needs ctx.is_tensor, a bool for each argument of forward."""
     nodes = iter(ctx.next_functions)  # of tensors alone
-    asked = []
+    asked: list[bool] = []
     for needed, tensor in zip(ctx.needs_input_grad, ctx.is_tensor, strict=True):
-        node = next(nodes)[0] if tensor else None
-        asked.append(needed and _will_run(node))
-    return tuple(asked)
+        node: Any = next(nodes)[0] if tensor else None
+        if needed:
+            try:
+                asked.append(torch._C._will_engine_execute_node(node))
+            except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
+                asked.append(True)
+        else:
+            asked.append(False)
+    return asked
 
 
-def _will_run(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
-        return True
+def applying(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply without its own Python, which takes half the time: it binds defaults for setup_context, which none of
+    ours has, and unwraps what functorch left behind, which `kind` (kernels/_replay.py) turns away."""
+    return cast(Any, super(torch.autograd.Function, function)).apply
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
@@ -337,10 +341,10 @@ class _Recorder:
 _recorder: _Recorder | None = None
 
 
-def fused(*modules: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Tell `explain`, if it listens, that the next call stands for all of these modules."""
+def fused(*modules: torch.nn.Module) -> contextlib.AbstractContextManager[None] | None:
+    """Tell `explain`, if it listens, that the next call stands for all of these modules. None if it doesn't."""
     if _recorder is None:
-        return contextlib.nullcontext()
+        return None
     return _recorder.inside(" + ".join(_recorder.names.get(id(m), type(m).__name__) for m in modules))
 
 

@@ -63,7 +63,10 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
 def _run(
     producer: Any, stages: list[tuple[torch.nn.Module, Any]], members: list[torch.nn.Module], input: torch.Tensor
 ) -> torch.Tensor:
-    with fused(*members):
+    listening = fused(*members)
+    if listening is None:
+        return producer.forward_fused(input, stages)
+    with listening:
         return producer.forward_fused(input, stages)
 
 

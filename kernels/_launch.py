@@ -133,4 +133,5 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
 def _describe(kernel: Any, programs: int, meta: dict[str, Any]) -> str:
     name = getattr(kernel, "__name__", None) or kernel.fn.__name__
     tile = "x".join(str(size) for key, size in meta.items() if key.startswith("TILE_"))
-    return f"{name.strip('_')}[{tile}] on {programs} program{'s' * (programs != 1)}"
+    ways = [way.lower() for way in ("PERSISTENT", "SHARED", "TRANSPOSED") if meta.get(way)]
+    return f"{name.strip('_')}[{', '.join([tile, *ways])}] on {programs} program{'s' * (programs != 1)}"

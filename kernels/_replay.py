@@ -6,25 +6,27 @@ the second time it sees their like, and from then on looks it up under one key, 
 launchers with the new addresses. Of a tensor nothing is kept, neither address nor reference.
 
 What is not of that kind is found out while it is written down, and takes the ordinary way for good: a torch function that
-computes or copies, a view that begins elsewhere than its tensor, two arguments at one address, empty tensors, Triton
-descriptors, kernels that need scratch memory. So does every call while somebody wants to see each launch.
+computes or copies, a view that begins elsewhere than its tensor, two arguments at one address, empty tensors, kernels
+that need scratch memory. So does every call while somebody wants to see each launch.
 """
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _launch, _tiles
 
 Tensors = Sequence[torch.Tensor | None]
-Results = tuple[torch.Tensor | None, ...]
-Addresses = list[int | None]
+Results = tuple[Any, ...]
+"""Tensors or None."""
+Addresses = list[Any]
 """None, and then for each tensor its address, or None."""
 Kind = tuple[list[Any], Addresses, bool]
 Found = tuple["_Take", Addresses]
@@ -59,7 +61,7 @@ def kind(tensors: Tensors) -> Kind | None:
     """What a launcher may see of these, their addresses, and whether one requires grad. None unless they are plain
     tensors (or None), of which there is nothing else to see."""
     key: list[Any] = []
-    addresses: list[int | None] = [None]
+    addresses: Addresses = [None]
     requires_grad = False
     for tensor in tensors:
         if tensor is None:
@@ -86,7 +88,7 @@ class _Take:
     """What was written down of one call."""
 
     def __init__(self, recorder: "_Recorder", result: Callable[[list[Any]], Results]):
-        self.index, self.device = recorder.index, recorder.device
+        self.index, self.device, self.device_type = recorder.index, recorder.device, recorder.device.type
         self.result = result
         self.steps = recorder.steps
         kernels = {id(kernel): kernel for kernel in recorder.kernels}
@@ -107,10 +109,10 @@ class _Take:
             return self._launch(tensors, addresses, active)
 
     def _launch(self, tensors: Tensors, addresses: Addresses, active: Any) -> Results | None:
-        allocate = _launch.allocate_quickly.get(self.device.type) or self._allocate
+        allocate = _launch.allocate_quickly.get(self.device_type) or self._allocate
         stream = active.get_current_stream(self.index)
         held = [None, *tensors]
-        for fresh, programs, run, function, fixed, pointers, rest, packs, dead in self.steps:
+        for fresh, described, programs, run, function, fixed, pointers, rest, packs, dead in self.steps:
             for size, stride, dtype in fresh:
                 tensor = allocate(size, stride, dtype)
                 address = tensor.data_ptr()
@@ -118,6 +120,12 @@ class _Take:
                     return None  # compiled for what is aligned
                 held.append(tensor)
                 addresses.append(address)
+            for slot, _, fields in described:
+                # Without its __init__, which would check again what it checked then.
+                descriptor: Any = object.__new__(TensorDescriptor)
+                vars(descriptor).update(fields, base=held[slot])
+                held.append(None)
+                addresses.append(descriptor)
             if packs:
                 run(programs, 1, 1, stream, function, *fixed, (*pointers(addresses), *rest))
             else:
@@ -137,12 +145,14 @@ class _InterpretedTake(_Take):
         self.device, self.result, self.steps = recorder.device, result, recorder.steps
 
     def play(self, tensors: Tensors, addresses: Addresses) -> Results | None:
-        held: list[torch.Tensor | None] = [None, *tensors]
-        for fresh, programs, kernel, views, rest, dead in self.steps:
+        held: list[Any] = [None, *tensors]
+        for fresh, described, programs, kernel, views, rest, meta, dead in self.steps:
             for size, stride, dtype in fresh:
                 held.append(self._allocate(size, stride, dtype))
-            args = [None if view is None else cast(Any, held[slot]).detach().as_strided(*view) for slot, view in views]
-            _launch.launch(kernel, programs, *args, *rest[0], **rest[1])
+            for slot, view, fields in described:
+                held.append(TensorDescriptor(held[slot].detach().as_strided(*view), **fields))
+            args = [held[slot] if view is None else held[slot].detach().as_strided(*view) for slot, view in views]
+            _launch.launch(kernel, programs, *args, *rest, **meta)
             for slot in dead:
                 held[slot] = None
         return self.result(held)
@@ -181,31 +191,39 @@ class _Recorder(TorchDispatchMode):
         return tensor
 
     def launched(self, kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any], compiled: Any) -> None:
-        count = max((i for i, a in enumerate(args) if isinstance(a, torch.Tensor)), default=0) + 1
-        slots = [self._slot(a) for a in args[:count]]
-        if -1 in slots or len(slots) < 2:
-            self.fits = False
-            return
+        count = max((i for i, a in enumerate(args) if isinstance(a, (torch.Tensor, TensorDescriptor))), default=0) + 1
         fresh, self.fresh = tuple(self.fresh), []
-        if _launch.INTERPRETED:
-            views = [None if a is None else (a.shape, a.stride()) for a in args[:count]]
-            step = (fresh, programs, kernel, list(zip(slots, views, strict=True)), (args[count:], meta))
-        else:
+        described: list[tuple[int, Any, dict[str, Any]]] = []
+        slots: list[int] = []
+        for a in args[:count]:
+            if type(a) is TensorDescriptor:
+                fields = {name: value for name, value in vars(a).items() if name != "base"}
+                described.append((self._slot(a.base), (a.base.shape, a.base.stride()), fields))
+                slots.append(len(self.held))
+                self.held.append(None)
+            else:
+                slots.append(self._slot(a))
+        used = {*slots, *[slot for slot, *_ in described]}
+        self.fits = self.fits and -1 not in used and count > 1
+        if not _launch.INTERPRETED:
             self.fits = (
                 self.fits
                 and type(kernel) is triton.JITFunction
                 and type(compiled) is triton.compiler.CompiledKernel
-                and compiled.metadata.global_scratch_size == 0
-                and compiled.metadata.profile_scratch_size == 0
+                and not getattr(compiled.metadata, "global_scratch_size", 0)
+                and not getattr(compiled.metadata, "profile_scratch_size", 0)
             )
-            if not self.fits:
-                return
+        if not self.fits:
+            return
+        if _launch.INTERPRETED:
+            views = [(a.shape, a.stride()) if isinstance(a, torch.Tensor) else None for a in args[:count]]
+            how = (kernel, list(zip(slots, views, strict=True)), args[count:], meta)
+        else:
             named = [meta.get(p.name, p.default) for p in kernel.params[len(args) :]]
-            rest = (*args[count:], *named)
-            step = (fresh, programs, *_entry(compiled, operator.itemgetter(*slots), rest))
+            how = _entry(compiled, operator.itemgetter(*slots), (*args[count:], *named))
             self.kernels.append(kernel)
-        self.used.append(set(slots))
-        self.steps.append(step)
+        self.used.append(used)
+        self.steps.append((fresh, tuple(described), programs, *how))
 
     def _slot(self, argument: Any) -> int:
         """Which of the tensors a launch was given, by its address; -1 for what can't be told or is no tensor."""
@@ -249,9 +267,12 @@ def _entry(compiled: Any, pointers: Any, rest: tuple[Any, ...]) -> tuple[Any, ..
 
 
 def _is_about_metadata(result: Any, args: Sequence[Any]) -> bool:
-    """Whether a torch function took and made no tensors, or made a view of its first one that begins where that does."""
+    """Whether a torch function took and made no tensors, or one without data, or a view of its first one that begins where
+    that does."""
     if not isinstance(result, torch.Tensor):
         return not any(isinstance(a, torch.Tensor) for a in args)
+    if result.device.type == "meta":
+        return True
     tensor = args[0] if args else None
     return (
         isinstance(tensor, torch.Tensor)
@@ -297,6 +318,7 @@ class Replayable:
             results = take.play(tensors, seen[1])
             if results is not None:
                 return results
+            self.takes.pop(key, None)  # the world has changed
         elif take is True:  # seen once before
             return self._record(key, tensors, options)
         elif take is None:

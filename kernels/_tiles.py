@@ -10,7 +10,8 @@ CI compiles every tile that these functions can return, for all targets (bench/a
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -30,6 +31,11 @@ class Tile:
     k: int = 1
     warps: int = 4
     stages: int = 3
+
+    @property
+    def fills_registers(self) -> bool:
+        """Whether a float32 accumulator of m x n takes half of all registers a thread may have, or more."""
+        return self.m * self.n >= 128 * 32 * self.warps
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,107 @@ _PRODUCT_ON = {
     "sm_100": {("16", "large"): Tile(128, 256, 64, warps=8, stages=3)},
 }
 
+
 # The interpreter pays per program and per step, not per element: few, large tiles.
 _INTERPRETER = Tile(128, 128, 128)
+
+
+@dataclass(frozen=True)
+class Product:
+    """How one matrix product runs: in which tile, by which kernel, in how many shares of K."""
+
+    tile: Tile
+    precision: str
+    splits: int = 1
+    descriptors: bool = False
+    """Tiles of a and b come through descriptors, fetched by the tensor memory accelerator."""
+    programs: int = 0
+    """This many programs take one tile after the other; 0: a program for each tile."""
+    transposed: bool = False
+    """c^T = b^T @ a^T: the few rows of a as columns, where the narrowest tile is 16 wide instead of 64."""
+
+
+# The same products through descriptors, for matmul: tile and the share of the arithmetic peak that it is thought to
+# reach. The shares are seeds from published figures and arithmetic, not measured on any device.
+#   "tf32x3", "bf16x6": strict float32 on tensor cores, each number split into two or three; see STRICT
+_DESCRIPTORS_SM_90 = {
+    "16": {
+        Tile(128, 256, 64, warps=8, stages=4): 1.0,
+        Tile(256, 128, 64, warps=8, stages=4): 1.0,
+        Tile(128, 128, 64, warps=8, stages=4): 0.9,
+        Tile(64, 256, 64, warps=4, stages=4): 0.85,
+        Tile(64, 128, 64, warps=4, stages=4): 0.8,
+        Tile(64, 64, 64, warps=4, stages=5): 0.6,
+    },
+    "tf32": {
+        Tile(128, 256, 32, warps=8, stages=3): 1.0,
+        Tile(128, 128, 32, warps=8, stages=4): 0.9,
+        Tile(64, 128, 32, warps=4, stages=4): 0.8,
+        Tile(64, 64, 32, warps=4, stages=4): 0.6,
+    },
+    "tf32x3": {
+        Tile(128, 128, 32, warps=8, stages=3): 0.9,
+        Tile(64, 64, 32, warps=4, stages=3): 0.6,
+    },
+    "bf16x6": {
+        Tile(128, 128, 32, warps=8, stages=3): 0.9,
+        Tile(64, 64, 32, warps=4, stages=3): 0.6,
+    },
+}
+# There the compiler wants more shared memory for operands that it transposes, or more registers than there are.
+_NOT_ON_SM_100 = (
+    Tile(64, 256, 64, warps=4, stages=4),
+    Tile(128, 256, 32, warps=8, stages=3),
+    Tile(64, 64, 32, warps=4, stages=3),
+)
+_DESCRIPTORS = {
+    "sm_90": _DESCRIPTORS_SM_90,
+    "sm_100": {
+        kind: {tile: share for tile, share in tiles.items() if tile not in _NOT_ON_SM_100}
+        for kind, tiles in _DESCRIPTORS_SM_90.items()
+    },
+}
+
+# Transposed, for up to 64 rows: the weight is streamed once, in rows of 256 bytes, many steps ahead.
+_SKINNY_SM_90 = {
+    "16": (
+        Tile(64, 16, 128, warps=4, stages=6),
+        Tile(64, 32, 128, warps=4, stages=5),
+        Tile(64, 64, 128, warps=4, stages=4),
+    ),
+    "tf32": (
+        Tile(64, 16, 64, warps=4, stages=6),
+        Tile(64, 32, 64, warps=4, stages=5),
+        Tile(64, 64, 64, warps=4, stages=4),
+    ),
+}
+_SKINNY = {"sm_90": _SKINNY_SM_90, "sm_100": _SKINNY_SM_90}
+
+STRICT: dict[str, str] = {}
+"""How strict float32 is computed on tensor cores, by architecture: {"sm_90": "tf32x3"}, say. Empty, so nowhere.
+
+No device has measured their error yet, and near float32's maximum the split overflows (docs/decisions/0006): a row belongs
+here once tests/test_gpu.py::test_strict_float32_on_tensor_cores has passed on that architecture, and whoever adds it
+accepts infinity where a factor lies within 2**-12 of float32's maximum.
+"""
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """What one GPU does in a cycle of its multiprocessors, from data sheets; not measured."""
+
+    flops: float
+    """of one multiprocessor, 16-bit matrix products"""
+    cache: float
+    """bytes from L2 to one multiprocessor"""
+    stream: float
+    """bytes from memory to one multiprocessor"""
+    memory: float
+    """bytes from memory to all of them"""
+
+
+_CLOCKS = {"sm_90": _Clock(4096, 64, 32, 2350), "sm_100": _Clock(8192, 64, 48, 4200)}
+_SHARE_OF_16 = {"16": 1, "tf32": 1 / 2, "tf32x3": 1 / 6, "bf16x6": 1 / 6}
 
 _POINTWISE = Tile(1, 1024, warps=4)
 _ACTIVATION_GRAD = (Tile(32, 128, warps=4), Tile(128, 32, warps=4))
@@ -120,13 +225,14 @@ _SOFTMAX_BLOCKS = {
     "tall": Tile(128, 64, warps=8),
 }
 
-forced: dict[str, Tile] = {}
+forced: dict[str, Any] = {}
 """Tiles by kernel that override every pick: what `force` sets."""
 
 
 @contextlib.contextmanager
-def force(**tiles: Tile) -> Iterator[None]:
-    """Use these tiles (by kernel: product, pointwise, ...) instead of the picks. For tests and tuning."""
+def force(**tiles: Any) -> Iterator[None]:
+    """Use these tiles (by kernel: product, pointwise, ...) instead of the picks; `matmul` takes a Product, which says
+    everything. For tests and tuning."""
     before = dict(forced)
     forced.update(tiles)
     try:
@@ -160,6 +266,8 @@ def _product(
     # An epilogue that reads a tile needs the registers that the large one takes.
     for size in ("large", "medium") if light else ("medium",):
         tile = tiles[kind, size]
+        if 2 * m <= tile.m or 2 * n <= tile.n:
+            continue  # half of it would lie outside
         programs = cdiv(m, tile.m) * cdiv(n, tile.n)
         if size == "medium" and light:
             programs *= _splits(programs, cdiv(k, tile.k), device)
@@ -176,24 +284,118 @@ def _splits(programs: int, steps: int, device: Device) -> int:
 
 
 def matmul(
-    m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool
-) -> tuple[Tile, int]:
-    """Tile and number of shares of K for (m, k) @ (k, n).
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    *,
+    vectors: bool,
+    descriptors: bool = False,
+    column_sums: bool = False,
+    operand_sums: bool = False,
+) -> Product:
+    """How (m, k) @ (k, n) runs.
 
     Args:
         vectors: both operands can be loaded 128 bits at a time. Element by element, or with offsets of 64 bits, the
             addresses alone fill the registers of all but small tiles.
-        light: the epilogue reads no tile from memory and sums no columns; otherwise K is not shared out.
+        descriptors: both operands can stand behind descriptors.
+        column_sums: the epilogue adds up columns of c, so that K is not shared out and c not transposed.
+        operand_sums: the first column of tiles adds up rows of a, so that c is not transposed.
     """
+    if dtype != torch.float32:
+        precision = "ieee"  # of no concern, and one kernel less
+    if "matmul" in forced:
+        return forced["matmul"]
     if "product" in forced:
         tile = forced["product"]
     elif device.architecture == "interpreter":
-        return _INTERPRETER, 1
+        return Product(_INTERPRETER, precision)
     else:
-        tile = _product(m, n, k, dtype, precision, device, vectors=vectors, light=light)
-    if not light:
-        return tile, 1
-    return tile, _splits(cdiv(m, tile.m) * cdiv(n, tile.n), cdiv(k, tile.k), device)
+        if descriptors:
+            product = _through_descriptors(m, n, k, dtype, precision, device, column_sums, operand_sums)
+            if product is not None:
+                return product
+        tile = _product(m, n, k, dtype, precision, device, vectors=vectors, light=not operand_sums)
+    splits = 1 if column_sums else _splits(cdiv(m, tile.m) * cdiv(n, tile.n), cdiv(k, tile.k), device)
+    return Product(tile, precision, splits)
+
+
+def descriptor_products(architecture: str) -> dict[str, list[Product]]:
+    """Every product through descriptors that can be picked on one architecture, by kind of arithmetic; of those that
+    share K out, one number of shares."""
+    products: dict[str, list[Product]] = {}
+    for kind, tiles in _DESCRIPTORS.get(architecture, {}).items():
+        precision = "ieee" if kind == "16" else kind
+        plain = [Product(tile, precision, descriptors=True) for tile in tiles]
+        skinny = [
+            Product(tile, precision, descriptors=True, transposed=True) for tile in _SKINNY[architecture].get(kind, ())
+        ]
+        persistent = [replace(product, programs=132) for product in plain if _can_persist(product.tile)]
+        shared = [replace(product, splits=2) for product in plain + skinny]
+        products[kind] = plain + skinny + persistent + shared
+    return products
+
+
+def _can_persist(tile: Tile) -> bool:
+    """Whether a persistent program of this tile is worth compiling: a small one's seams are short."""
+    return tile.m * tile.n >= 128 * 128
+
+
+@functools.lru_cache(maxsize=4096)
+def _through_descriptors(
+    m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device, column_sums: bool, operand_sums: bool
+) -> Product | None:
+    """The product that ought to take the fewest cycles, or None where pointers serve better: on other architectures, for
+    other arithmetic, and for what is done before the host has made a descriptor."""
+    kind = _arithmetic(dtype, precision)
+    if kind == "ieee" and device.architecture in STRICT:
+        kind = precision = STRICT[device.architecture]
+    tiles = _DESCRIPTORS.get(device.architecture, {}).get(kind)
+    if tiles is None or (2 * m * n * k < 4e9 and (m * k + k * n + m * n) * dtype.itemsize < 32e6):
+        return None
+    candidates = [(Product(tile, precision, descriptors=True), share) for tile, share in tiles.items()]
+    if m <= 64 and not column_sums and not operand_sums:
+        skinny = _SKINNY[device.architecture].get(kind, ())
+        candidates += [(Product(tile, precision, descriptors=True, transposed=True), 0.5) for tile in skinny]
+    best, least = None, float("inf")
+    for product, share in candidates:
+        rows, columns = (n, m) if product.transposed else (m, n)
+        programs = cdiv(rows, product.tile.m) * cdiv(columns, product.tile.n)
+        most = 1 if column_sums else _splits(programs, cdiv(k, product.tile.k), device)
+        for splits in sorted({1, cdiv(most, 2), most}):
+            candidate = replace(product, splits=splits)
+            cycles = _cycles(rows, columns, k, candidate, share * _SHARE_OF_16[kind], dtype.itemsize, device)
+            if cycles < least:
+                best, least = candidate, cycles
+    assert best is not None
+    # Several tiles for each multiprocessor and few steps in each: worth fetching across the seam between two tiles.
+    several = cdiv(m, best.tile.m) * cdiv(n, best.tile.n) >= 2 * device.multiprocessors and k <= 2048
+    if several and _can_persist(best.tile) and best.splits == 1 and not best.transposed and not operand_sums:
+        return replace(best, programs=device.multiprocessors)
+    return best
+
+
+def _cycles(m: int, n: int, k: int, product: Product, share: float, itemsize: int, device: Device) -> float:
+    """An estimate of what a product takes: waves of programs, each limited by arithmetic or by L2, and all together by
+    memory. `share` is the part of the 16-bit peak that its main loop is thought to reach."""
+    tile, clock = product.tile, _CLOCKS[device.architecture]
+    step = max(
+        2 * tile.m * tile.n * tile.k / (clock.flops * share), (tile.m + tile.n) * tile.k * itemsize / clock.cache
+    )
+    programs = cdiv(m, tile.m) * cdiv(n, tile.n) * product.splits
+    # Between two tiles: filling the pipeline, and writing while all other multiprocessors write theirs.
+    seam = 1500 + tile.m * tile.n * itemsize * device.multiprocessors / clock.memory
+    computing = cdiv(programs, device.multiprocessors) * (cdiv(cdiv(k, tile.k), product.splits) * step + seam)
+    streaming = (
+        (m * k + k * n + m * n) * itemsize / min(clock.memory, min(programs, device.multiprocessors) * clock.stream)
+    )
+    if product.splits > 1:  # written and read again in float32, by a second kernel
+        streaming += 3000 + 8 * product.splits * m * n / clock.memory
+    # One hides behind the other, but never all of it: of two picks that memory limits alike, the one that does less.
+    return max(computing, streaming) + min(computing, streaming) / 16
 
 
 def conv(pixels: int, channels: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool) -> Tile:

@@ -9,9 +9,9 @@ from . import _launch, _tiles, epilogues
 
 @triton.jit
 def _sum_partials_kernel(
-    partials_ptr, out_ptr, bias_ptr,
-    S, M, N, out_m, out_n,
-    THEN: tl.constexpr, WIDE: tl.constexpr, TILE_S: tl.constexpr, TILE_L: tl.constexpr,
+    partials_ptr, out_ptr, bias_ptr, saved_ptr,
+    S, M, N, out_m, out_n, saved_m, saved_n,
+    THEN: tl.constexpr, UNDO: tl.constexpr, WIDE: tl.constexpr, TILE_S: tl.constexpr, TILE_L: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_L elements of out. Reads them from each of the S partials, in order, and writes them once."""
     pid = tl.program_id(0)
@@ -32,25 +32,36 @@ def _sum_partials_kernel(
         total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(total.dtype)
     if THEN is not None:
         total = THEN(total)
+    if UNDO is not None:
+        total = UNDO(total, tl.load(saved_ptr + (m * saved_m + n * saved_n), mask=inside, other=0.0).to(total.dtype))
     tl.store(out_ptr + (m * out_m + n * out_n), total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def sum_partials(
-    partials: torch.Tensor, out: torch.Tensor, *, bias: torch.Tensor | None = None, then: str | None = None
+    partials: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    then: str | None = None,
+    undo: tuple[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """out = then(partials.sum(0) + bias), written into `out`.
+    """out = then(partials.sum(0) + bias), or the gradient of an activation applied to it; written into `out`.
 
     Shape: partials (S, M, N) or (S, N), contiguous; out (M, N) or (N,), any strides; bias (N,).
     Dtype: partials float32 or float64, out and bias any floating dtype.
+
+    Args:
+        undo: (name of an activation, what it saved, of out's shape (M, N)), as in `matmul`.
     """
     s, n = partials.shape[0], partials.shape[-1]
     m = partials.shape[1] if partials.dim() == 3 else 1
     out_m, out_n = out.stride() if out.dim() == 2 else (0, out.stride(0))
+    name, saved = undo if undo is not None else (None, None)
     tile = _tiles.sum_partials(s)
     _launch.launch(
         _sum_partials_kernel, _tiles.cdiv(m * n, tile.n),
-        partials, out, bias, s, m, n, out_m, out_n,
-        THEN=epilogues.forward(then), WIDE=m * n >= 2**31 or _launch.wide(out),
+        partials, out, bias, saved, s, m, n, out_m, out_n, *((0, 0) if saved is None else saved.stride()),
+        THEN=epilogues.forward(then), UNDO=epilogues.backward(name), WIDE=m * n >= 2**31 or _launch.wide(out, saved),
         TILE_S=tile.m, TILE_L=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     return out

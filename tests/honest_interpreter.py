@@ -1,9 +1,9 @@
 """Triton's interpreter, computing what a GPU computes.
 
 Left alone, the interpreter (triton 3.6, 3.7) truncates casts to bfloat16, computes with bfloat16's bits as integers,
-multiplies tf32 operands in full float32, keeps a NaN that the GPU's maximum drops, ignores device_assert and integer
-overflow, and accepts products that the compiler rejects. Tests that pass there would prove little. `install` mends it in
-place; the kernels know nothing of it.
+multiplies tf32 operands, and those split for tf32x3, in full float32, keeps a NaN that the GPU's maximum drops, ignores
+device_assert and integer overflow, and accepts products that the compiler rejects. Tests that pass there would prove
+little. `install` mends it in place; the kernels know nothing of it.
 """
 
 import functools
@@ -68,6 +68,25 @@ def truncate_to_tf32(x: np.ndarray) -> np.ndarray:
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def round_to_tf32(x: np.ndarray) -> np.ndarray:
+    """x rounded to tf32, to nearest, ties away from zero: cvt.rna.tf32. What lies above its greatest becomes infinite."""
+    rounded = (x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isnan(x), x, rounded.view(np.float32))
+
+
+def multiply_tf32x3(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b as Triton compiles it for input_precision="tf32x3": each factor is a tf32 number and what is left of it, and
+    of the four products the least is left out. Where infinite factors make the corrections NaN, these are dropped.
+
+    Sums are numpy's in float32; those of a tensor core are coarser.
+    """
+    (a_big, a_small), (b_big, b_small) = (
+        (big, truncate_to_tf32(x - big)) for x in (a, b) for big in [round_to_tf32(x)]
+    )
+    small = np.matmul(a_big, b_small) + np.matmul(a_small, b_big)
+    return np.matmul(a_big, b_big) + np.where(np.isnan(small), np.float32(0), small)
+
+
 def _is_bfloat16(x: object) -> bool:
     return isinstance(x, Handle) and x.dtype.scalar == tl.bfloat16
 
@@ -106,6 +125,8 @@ def _dot(method: Callable) -> Callable:
     def dot(self, a, b, accumulator, precision, *rest):
         if precision == interpreter._ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
             a, b = (Handle(truncate_to_tf32(x.data), tl.float32) for x in (a, b))
+        if precision == interpreter._ir.INPUT_PRECISION.TF32x3 and a.dtype.scalar == tl.float32:
+            return Handle(multiply_tf32x3(a.data, b.data) + accumulator.data, tl.float32)
         return method(self, _widened(a), _widened(b), accumulator, precision, *rest)
 
     return dot

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import triton
+import triton.language as tl
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastlayers
 import fastlayers.functional as FL
@@ -35,7 +37,8 @@ class Gpu(host.StubDriver):
         super().__init__()
         self.device, self.stream, self.launches = -1, 0, []
         self.utils.launch = self.launch  # type: ignore[method-assign]
-        self.utils.load_binary = lambda *a, n=itertools.count(1): (next(n), next(n), 32, 0, 1024)  # type: ignore
+        handles = itertools.count(1)
+        self.utils.load_binary = lambda *a: (next(handles), next(handles), 32, 0, 1024)  # type: ignore[method-assign]
         if self.launcher_cls is host._NoLauncher:
             self.launcher_cls = lambda src, metadata: self.launch
 
@@ -46,13 +49,21 @@ class Gpu(host.StubDriver):
         return self.stream
 
     def launch(self, *args: Any) -> None:
-        flat = [*args[:-1], *args[-1]] if isinstance(args[-1], tuple) else [*args]
+        *fixed, last = args
+        flat = [*fixed, *last] if isinstance(last, (tuple, list)) else [*args]
         hooks = [a for a in flat if isinstance(a, triton.knobs.HookChain)]
         for hook in hooks:
             hook(None)
         # No hook, and None for one, are the same to it.
-        flat = [None if a in hooks or isinstance(a, triton.compiler.LazyDict) else a for a in flat]
-        self.launches.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in flat])
+        nothing = (triton.knobs.HookChain, triton.compiler.LazyDict)
+        flat = [None if isinstance(a, nothing) else a for a in flat]
+        self.launches.append([*map(_address, flat)])
+
+
+def _address(argument: Any) -> Any:
+    if isinstance(argument, TensorDescriptor):
+        return _address(argument.base), argument.shape, argument.strides, argument.block_shape, argument.padding
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
 def compile(src: Any, target: Any, options: Any, **_: Any) -> CompiledKernel:
@@ -119,7 +130,13 @@ def seen(gpu: Gpu, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> 
     with allocations(monkeypatch) as made:
         call()
         names = {t.data_ptr(): f"allocation {i}" for i, t in enumerate(made)}
-    launches = [[names.get(a, a) if isinstance(a, int) else a for a in launch] for launch in gpu.launches]
+
+    def named(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(map(named, argument))
+        return names.get(argument, argument) if isinstance(argument, int) else argument
+
+    launches = [[*map(named, launch)] for launch in gpu.launches]
     return launches, [(t.shape, t.stride(), t.dtype) for t in made]
 
 
@@ -165,7 +182,7 @@ def linears(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, to
         yield r(m, k), odd(r(n, k)), r(n)
         yield r(m, k), r(n, k), odd(r(n))
         yield r(k, m).T, r(k, n).T, r(n)
-        yield r(m, 2 * k)[:, ::2], r(n, k), r(2 * n)[::2]
+        yield r(m, 2 * k)[:, ::2], r(n, k), r(n)
         yield r(2, m, k), r(n, k), r(n)
         yield r(1, k).expand(m, k), r(n, k), r(n)
 
@@ -212,6 +229,35 @@ def test_a_chain_is_two_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(counted) >= 4
     with ordinarily():
         assert got == seen(gpu, run, monkeypatch)
+
+
+@triton.jit
+def _copy_kernel(target_ptr, source, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(target_ptr + (i[:, None] * N + i[None, :]), source.load([0, 0]))
+
+
+def test_descriptors(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor behind a descriptor is a new one behind the same."""
+
+    def work(tensors: Any) -> tuple[torch.Tensor, ...]:
+        x = tensors[0]
+        y = _launch.empty_like(x)
+        z = _launch.empty_like(x)
+        for source, target in ((x, y), (y, z)):
+            described = TensorDescriptor(source.T, [16, 16], [16, 1], [16, 16])
+            _launch.launch(_copy_kernel, 1, target, described, N=16)
+        return (z,)
+
+    replayable = _replay.Replayable(work)
+    counted = plays(monkeypatch)
+    for _ in range(4):
+        x = torch.empty(16, 16)
+        got = seen(gpu, lambda x=x: replayable((x,)), monkeypatch)
+        with ordinarily():
+            assert got == seen(gpu, lambda x=x: replayable((x,)), monkeypatch)
+    assert len(counted) == 2
+    assert len(got[0]) == 2
 
 
 def test_no_replay_outlives_the_moment(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

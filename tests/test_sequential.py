@@ -50,10 +50,7 @@ def test_backward_leaves_no_kernel_between_layers(
     monkeypatch.setattr(_launch, "trace", launched)
     loss.backward()
     names = [line.split("[")[0] for line in launched]
-    assert names.count("matmul_kernel") == 6  # dW and dx of each layer
-    assert names.count("activation_grad_kernel") == 1  # the last layer's bias gradient
-    assert names.count("sum_partials_kernel") == 3  # the bias gradients' partial sums
-    assert len(names) == 10
+    assert names == ["matmul_kernel"] * 6  # dW, which carries db, and dx of each layer
 
 
 def hook(*_: object) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastlayers.kernels import _launch, _tiles
-from fastlayers.kernels._tiles import Device, Tile
+from fastlayers.kernels._tiles import Device, Product, Tile
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,33 +20,91 @@ def test_every_pick_is_in_a_table(architecture: str) -> None:
     """What can be picked is what CI compiles."""
     device = Device(architecture, 108)
     shipped = set(_tiles.products(architecture).values())
+    behind_descriptors = {form(p) for products in _tiles.descriptor_products(architecture).values() for p in products}
     sizes = (0, 1, 7, 16, 64, 1000, 8192, 10**6)
+    flags = list(itertools.product((False, True), repeat=4))
     for m, n, dtype, precision in itertools.product(sizes, sizes, DTYPES, ("ieee", "tf32")):
-        for vectors, light in itertools.product((False, True), repeat=2):
-            tile, splits = _tiles.matmul(m, n, 4096, dtype, precision, device, vectors=vectors, light=light)
-            assert tile in shipped
-            assert 1 <= splits <= 32
-            assert light or splits == 1
+        for vectors, descriptors, column_sums, operand_sums in flags:
+            product = _tiles.matmul(
+                m, n, 4096, dtype, precision, device, vectors=vectors,
+                descriptors=descriptors and vectors and m * n > 0, column_sums=column_sums, operand_sums=operand_sums,
+            )  # fmt: skip
+            if product.descriptors:
+                assert form(product) in behind_descriptors
+            else:
+                assert product.tile in shipped
+                assert product.programs == 0 and not product.transposed
+                assert product.precision == (precision if dtype == torch.float32 else "ieee")
+            assert 1 <= product.splits <= 32
+            assert not column_sums or product.splits == 1
+            assert not (column_sums or operand_sums) or not product.transposed
+            assert not operand_sums or product.programs == 0
+        for vectors in (False, True):
             assert _tiles.conv(m, n, dtype, precision, device, vectors=vectors) in shipped
             tile, splits = _tiles.conv_weight_grad(m, n, 10**6, 2, dtype, precision, device, vectors=vectors)
             assert tile in shipped
             assert splits >= 1
 
 
-def test_large_products_take_large_tiles_and_small_ones_fill_the_gpu() -> None:
-    device = Device("sm_90", 132)
+def form(product: Product) -> Product:
+    """What of a product its kernel is compiled for."""
+    return replace(product, programs=min(product.programs, 1), splits=min(product.splits, 2))
 
-    def pick(m: int, n: int, k: int, **kwargs: bool) -> tuple[Tile, int]:
-        arguments = {"vectors": True, "light": True, **kwargs}
-        return _tiles.matmul(m, n, k, torch.bfloat16, "ieee", device, **arguments)
 
-    assert pick(8192, 8192, 8192) == (Tile(128, 256, 64, warps=8, stages=3), 1)
-    assert pick(8192, 8192, 8192, light=False)[0].n == 128
-    assert pick(8192, 8192, 8192, vectors=False)[0] == _tiles.products("sm_90")["16", "gather"]
-    tile, splits = pick(512, 784, 65536)
-    assert splits * -(-512 // tile.m) * -(-784 // tile.n) <= 132
-    assert splits > 1
-    assert pick(4, 4096, 4096)[0].m == 16
+H200 = Device("sm_90", 132)
+
+
+def pick(
+    m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", **kwargs: bool
+) -> Product:
+    arguments = {"vectors": True, "descriptors": True, **kwargs}
+    return _tiles.matmul(m, n, k, dtype, precision, H200, **arguments)
+
+
+def test_large_products_take_large_tiles_behind_descriptors() -> None:
+    large = Tile(128, 256, 64, warps=8, stages=4)
+    assert pick(8192, 8192, 8192) == Product(large, "ieee", descriptors=True)
+    assert pick(8192, 8192, 8192, column_sums=True, descriptors=False).tile == Tile(128, 256, 64, warps=8, stages=3)
+    assert pick(8192, 8192, 8192, vectors=False, descriptors=False).tile == _tiles.products("sm_90")["16", "gather"]
+    assert pick(8192, 8192, 8192, torch.float32, "tf32").descriptors
+    for arithmetic in (torch.float64, torch.float32):
+        assert not pick(8192, 8192, 8192, arithmetic).descriptors
+    # Several tiles for each multiprocessor and a short sum: one program takes them all in turn.
+    assert pick(65536, 4096, 1024).programs == 132
+    assert pick(65536, 4096, 8192).programs == 0
+    assert pick(65536, 4096, 1024, operand_sums=True).programs == 0
+
+
+def test_small_products_fill_the_gpu() -> None:
+    for product, m, n in ((pick(512, 784, 65536), 512, 784), (pick(256, 256, 8192, descriptors=False), 256, 256)):
+        programs = product.splits * -(-m // product.tile.m) * -(-n // product.tile.n)
+        assert 66 <= programs <= 132
+        assert product.splits > 1
+    assert pick(512, 784, 65536, column_sums=True).splits == 1
+    assert not pick(512, 784, 512).descriptors  # done before the host has made two of them
+    assert pick(4, 512, 512).tile.m == 16
+    assert pick(10**6, 64, 64, descriptors=False).tile.n == 64
+
+
+@pytest.mark.parametrize("m", [1, 9, 16])
+def test_few_rows_become_columns(m: int) -> None:
+    """The weight is the long operand, and its tiles are read once."""
+    product = pick(m, 14336, 4096)
+    assert product.transposed and product.descriptors
+    assert product.tile.n >= m
+    assert pick(64, 14336, 4096).tile.m == 64
+    assert not pick(m, 14336, 4096, column_sums=True).transposed
+
+
+def test_strict_float32_on_tensor_cores_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nowhere by default; where its error has been measured, one row switches it on, for strict float32 alone."""
+    assert not _tiles.STRICT
+    monkeypatch.setitem(_tiles.STRICT, "sm_90", "tf32x3")
+    _tiles._through_descriptors.cache_clear()
+    assert pick(8192, 8192, 8192, torch.float32).precision == "tf32x3"
+    assert pick(8192, 8192, 8192, torch.float32, "tf32").precision == "tf32"
+    assert pick(8192, 8192, 8192, torch.float32, descriptors=False).precision == "ieee"
+    _tiles._through_descriptors.cache_clear()
 
 
 def test_softmax_by_length() -> None:

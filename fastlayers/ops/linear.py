@@ -92,8 +92,8 @@ def _saving(thens: Thens, needs: tuple[bool, ...]) -> _Saving:
 class _Linear(torch.autograd.Function):
     """x (*, K), then W_i (N_i, N_i-1) and b_i (N_i,) of each stage -> y (*, N), and the hidden outputs worth keeping.
 
-    In backward, the product that makes a stage's dx also applies the derivative of the activation before it and adds up
-    its bias gradient, so that nothing between two layers runs on its own.
+    In backward, the product that makes a stage's dx also applies the derivative of the activation before it, and the one
+    that makes its dW adds up its bias gradient, so that nothing between two layers runs on its own.
 
     The hidden outputs are returned, though nobody takes them, because what is saved must be an input or an output for
     second derivatives to reach it.
@@ -121,7 +121,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor | None, *dhidden: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None and all(d is None for d in dhidden):
             return (None,) * len(ctx.needs_input_grad)
-        needs = _dispatch.asked_for(ctx)[2:]
+        needs = tuple(_dispatch.asked_for(ctx)[2:])
         saved = ctx.saved_tensors if ctx.saves else (None,) * (1 + 2 * len(ctx.thens))
         # A hidden output has a gradient of its own only in a second derivative.
         if dy is None or dhidden.count(None) != len(dhidden) or _dispatch.backward_through_torch(dy):
@@ -162,14 +162,15 @@ def _backward(
     dtype, flows, last = dy.dtype, _flows(needs), count - 1
     grads: list[torch.Tensor | None] = [None] * len(needs)
 
-    def bias_dtype(i: int) -> torch.dtype | None:
-        return dtype if needs[2 + 2 * i] else None
+    def column_sums(i: int) -> torch.dtype | None:
+        """A bias gradient that no weight gradient carries."""
+        return dtype if needs[2 + 2 * i] and not needs[1 + 2 * i] else None
 
     saved = outputs[last]
     dz, grads[2 + 2 * last] = activation_grad(
         dy.reshape(1, rows, dy.shape[-1]),
         undo=_undo(thens[last], None if saved is None else saved[None]),
-        column_sums=bias_dtype(last),
+        column_sums=column_sums(last),
     )
     dz = dz[0]
     for i in range(last, -1, -1):
@@ -177,11 +178,13 @@ def _backward(
         if needs[1 + 2 * i]:
             source = _matrix(cast(torch.Tensor, x), rows) if i == 0 else outputs[i - 1]
             assert source is not None
-            grads[1 + 2 * i], _ = matmul(dz.T, source, precision=precision)
+            grads[1 + 2 * i], grads[2 + 2 * i] = matmul(
+                dz.T, source, operand_sums=dtype if needs[2 + 2 * i] else None, precision=precision
+            )
         if i > 0 and flows[i]:
             assert weight is not None
             dz, grads[2 * i] = matmul(
-                dz, weight, undo=_undo(thens[i - 1], outputs[i - 1]), column_sums=bias_dtype(i - 1), precision=precision
+                dz, weight, undo=_undo(thens[i - 1], outputs[i - 1]), column_sums=column_sums(i - 1), precision=precision
             )  # fmt: skip
     if needs[0]:
         assert weights[0] is not None
@@ -201,8 +204,8 @@ def _backward_torch(
     """The same in differentiable functions of torch."""
     count, rows = len(thens), x_shape[:-1].numel()
     x, *rest = saved
-    weights: Sequence[Any] = rest[:count]
-    outputs: Sequence[Any] = [None if h is None else _matrix(h, rows) for h in rest[count:]]
+    weights: Any = rest[:count]
+    outputs: Any = [None if h is None else _matrix(h, rows) for h in rest[count:]]
     flows, last = _flows(needs), count - 1
     grads: list[torch.Tensor | None] = [None] * len(needs)
     with torch.autocast(next(d for d in (dy, *dhidden.values()) if d is not None).device.type, enabled=False):
@@ -290,9 +293,7 @@ def _tensors(input: torch.Tensor, stages: Sequence[Stage]) -> list[torch.Tensor 
     return tensors
 
 
-# Function.apply without its own Python, which binds defaults for setup_context and unwraps what functorch left behind:
-# this Function has the one not, and its door lets the other not in.
-_apply = super(torch.autograd.Function, _Linear).apply
+_apply = _dispatch.applying(_Linear)
 
 
 def _again(tensors: Tensors, thens: Thens) -> torch.Tensor | None:

@@ -81,7 +81,7 @@ class _Pointwise(torch.autograd.Function):
         return (*_backward((dy, saved), ctx.record), None, None, None)
 
 
-_apply = super(torch.autograd.Function, _Pointwise).apply  # see ops/linear.py
+_apply = _dispatch.applying(_Pointwise)
 
 
 def apply(input: torch.Tensor, record: Pointwise, inplace: bool = False) -> torch.Tensor:

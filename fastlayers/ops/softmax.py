@@ -55,7 +55,7 @@ class _Softmax(torch.autograd.Function):
         return (*_backward((dy, y), ctx.dim, ctx.dtype), None, None, None)
 
 
-_apply = super(torch.autograd.Function, _Softmax).apply  # see ops/linear.py
+_apply = _dispatch.applying(_Softmax)
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,32 @@
+"""python -m bench [COMMAND]: the GPU suite, and what stands beside it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "audit": "compile every kernel for every target and read the machine code; no GPU needed",
+    "host": "the CPU's time for one call; no GPU needed",
+    "run": "time everything on this machine's GPU (what no command means)",
+    "tune": "search tiles on this machine's GPU and write the rows of kernels/_tiles.py",
+    "report": "tables and plots from a file of results; no GPU needed",
+}
+
+
+def main(argv: list[str]) -> int:
+    name = argv[0] if argv else ""
+    if name in ("-h", "--help", "help"):
+        print("python -m bench COMMAND [--help]\n")
+        print("\n".join(f"  {command:8}{meaning}" for command, meaning in COMMANDS.items()))
+        return 0
+    if name and not name.startswith("-") and name not in COMMANDS:
+        print(f"no such command: {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command, rest = (name, argv[1:]) if name in COMMANDS else ("run", argv)
+    # Imported here: the audit needs no GPU stack beyond Triton's compiler, the report none at all.
+    return importlib.import_module(f"bench.{command}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

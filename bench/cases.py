@@ -1,0 +1,250 @@
+"""What is compiled: every kernel at every tile that can be picked, as calls of the launchers on meta tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastlayers.kernels import _tiles, conv, matmul, pointwise, reduce, softmax
+from fastlayers.kernels._tiles import Product, Tile
+from fastlayers.testing import SPECS
+
+from .gpus import Work
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one tile: `call` launches it, and only what `kernel` names is compiled."""
+
+    name: str
+    kernel: str
+    dtype: torch.dtype
+    call: Callable[[], object]
+    force: dict[str, Tile | Product]
+    wide: bool = False
+    """Compiled for offsets of 64 bits."""
+    targets: tuple[str, ...] = TARGETS
+    """Where the kernel can be launched at all: TMA, say, from sm_90 on."""
+    arithmetic: str = "ieee"
+    """The kind of it, as in kernels/_tiles.py."""
+    work: Work | None = None
+    """What the whole call computes and moves, if it is a direction of one of the Specs."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether memory alone decides the speed, so that every load and store must be 128 bits wide. Rows of up to 8
+        elements, which aren't aligned, can't be."""
+        return re.match(r"relu|softmax (grad )?(rows \d\d|blocks)", self.name) is not None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}{' wide' * self.wide}"
+
+
+def _maker(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    return lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+
+
+_KINDS = {
+    "16": (torch.float16, torch.bfloat16),
+    "tf32": (torch.float32,),
+    "ieee": (torch.float32,),
+    "64": (torch.float64,),
+}
+
+
+def _work(layer: str, make: Callable[[], torch.nn.Module], x: torch.Tensor, direction: str) -> Work:
+    """From the layer's Spec."""
+    spec = next(spec for spec in SPECS if spec.name == layer)
+    direction = direction.split(",")[0]  # "input grad, undo"
+    with torch.device("meta"):
+        module = make().to(x.dtype)
+    return Work(
+        spec.flops(module, x, direction),  # type: ignore[arg-type]
+        spec.elements(module, x, direction) * x.dtype.itemsize,  # type: ignore[arg-type]
+    )
+
+
+def _product_cases(target: str) -> Iterator[Case]:
+    """matmul and convolution: three directions each at every tile, and the ways in which small tiles alone are used."""
+    for (kind, size), tile in _tiles.products(target).items():
+        precision = "tf32" if kind == "tf32" else "ieee"
+        name = f"{kind}/{size} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}"
+        for dtype in _KINDS[kind]:
+            calls = [("matmul", *call) for call in _matmul_calls(0, dtype, precision)]
+            calls += [("conv", *call) for call in _conv_calls(dtype, precision)]
+            # What _tiles never picks: a large tile for a convolution, or where rows of an operand are summed.
+            if size == "large":
+                calls = [c for c in calls if c[0] == "matmul" and "bias grad" not in c[1]]
+            if size in ("medium", "skinny"):
+                calls = [c for c in calls if c[0] == "matmul" or c[1] != "weight grad"]
+            if size == "gather":
+                calls += [("matmul odd", *call) for call in _matmul_calls(1, dtype, precision)]
+                calls += [("conv stem", *call) for call in _stem_calls(dtype, precision)]
+            for family, direction, kernel, call in calls:
+                work = _product_work(family, direction, dtype)
+                yield Case(
+                    f"{family} {direction} {name}", kernel, dtype, call, dict(product=tile), arithmetic=kind, work=work
+                )
+
+
+@functools.cache
+def _product_work(family: str, direction: str, dtype: torch.dtype) -> Work:
+    """Of the calls below, whose sizes these are."""
+    t, nn = _maker(dtype), torch.nn
+    if family.startswith("conv stem"):
+        return _work("Conv2d", lambda: nn.Conv2d(3, 64, 7, stride=2, padding=3), t(32, 3, 224, 224), direction)
+    if family.startswith("conv"):
+        return _work("Conv2d", lambda: nn.Conv2d(256, 256, 3, stride=2, padding=1), t(32, 256, 56, 56), direction)
+    odd = "odd" in family
+    return _work("Linear", lambda: nn.Linear(4096 + odd, 4096 + odd), t(8192 + odd, 4096 + odd), direction)
+
+
+Call = tuple[str, str, Callable[[], object]]
+"""Direction, kernel, and what launches it."""
+
+
+def _matmul_calls(odd: int, dtype: torch.dtype, precision: str) -> Iterator[Call]:
+    t, product = _maker(dtype), functools.partial(matmul.matmul, precision=precision)
+    m, n, k = 8192 + odd, 4096 + odd, 4096 + odd
+    kernel = "_matmul_kernel"
+    yield "forward", kernel, functools.partial(product, t(m, k), t(n, k).T, bias=t(n), then="relu")
+    yield "input grad", kernel, functools.partial(product, t(m, n), t(n, k))
+    undo = functools.partial(product, t(m, n), t(n, k), undo=("relu", t(m, k)))
+    yield "input grad, undo", kernel, undo
+    yield "input grad, undo, sums", kernel, functools.partial(undo, column_sums=dtype)
+    weight_grad = functools.partial(product, t(m, n).T, t(m, k))
+    yield "weight grad", kernel, weight_grad
+    yield "weight grad, bias grad", kernel, functools.partial(weight_grad, operand_sums=dtype)
+
+
+def _descriptor_cases(target: str) -> Iterator[Case]:
+    """matmul behind tensor descriptors: every direction at every tile, alone, persistent, in shares of K, transposed."""
+    for kind, products in _tiles.descriptor_products(target).items():
+        arithmetic = "16" if kind == "16" else "tf32"
+        for product, dtype in ((product, dtype) for product in products for dtype in _KINDS[arithmetic]):
+            directions = ["forward", "input grad", "input grad, undo", "input grad, undo, sums", "weight grad"]
+            directions += ["weight grad, bias grad"]
+            if product.programs:
+                directions = ["forward", "input grad, undo", "input grad, undo, sums"]
+            elif product.transposed:
+                directions = ["forward", "input grad, undo"]
+            elif product.splits > 1:
+                directions = ["forward", "input grad", "weight grad, bias grad"]
+            tile, how = product.tile, " transposed" * product.transposed + " persistent" * (product.programs > 0)
+            name = (
+                f"{kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}{how}{' shared' * (product.splits > 1)}"
+            )
+            for direction, _, call in _matmul_calls(0, dtype, "ieee" if arithmetic == "16" else kind):
+                if direction in directions:
+                    work = _product_work("matmul", direction, dtype) if kind == arithmetic else None
+                    yield Case(
+                        f"matmul tma {direction} {name}", "_matmul_tma_kernel", dtype, call, dict(matmul=product),
+                        arithmetic=arithmetic, work=work,
+                    )  # fmt: skip
+
+
+def _conv_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
+    t, last = _maker(dtype), torch.channels_last
+    geometry = _geometry(2, 1, precision)
+    x, y = t(32, 256, 56, 56).to(memory_format=last), t(32, 256, 28, 28).to(memory_format=last)
+    w = t(256, 256, 3, 3).to(memory_format=last)
+    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(256), y, then="relu", **geometry)
+    yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
+    yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
+
+
+def _stem_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
+    """NCHW and three channels: loads element by element, steps that straddle taps."""
+    t, geometry = _maker(dtype), _geometry(2, 3, precision)
+    x, y, w = t(32, 3, 224, 224), t(32, 64, 112, 112), t(64, 3, 7, 7)
+    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, None, y, **geometry)
+    yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
+    yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
+
+
+def _geometry(stride: int, padding: int, precision: str) -> dict[str, Any]:
+    pairs = dict(stride=(stride, stride), padding=(padding, padding), dilation=(1, 1))
+    return dict(**pairs, groups=1, precision=precision)
+
+
+def _memory_cases() -> Iterator[Case]:
+    """The memory-bound kernels: pointwise, reductions, softmax."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for name, kernel, call, work in _memory_calls(dtype):
+            yield Case(name, kernel, dtype, call, {}, arithmetic=_ARITHMETIC[dtype], work=work)
+
+
+_ARITHMETIC = {torch.float16: "16", torch.bfloat16: "16", torch.float32: "ieee", torch.float64: "64"}
+
+
+def _memory_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object], Work | None]]:
+    t, accumulate = _maker(dtype), torch.promote_types(dtype, torch.float32)
+    x = t(4096, 4096)
+    relu = functools.partial(_work, "ReLU", torch.nn.ReLU, x)
+    yield "relu", "_pointwise_kernel", functools.partial(pointwise.pointwise, x, "relu"), relu("forward")
+    yield (
+        "relu grad",
+        "_pointwise_grad_kernel",
+        functools.partial(pointwise.pointwise_grad, x, x, "relu"),
+        relu("backward"),
+    )
+    for layout, y in (("rows", x[None]), ("columns", x[None].mT)):
+        call = functools.partial(reduce.activation_grad, y, undo=("relu", y), column_sums=dtype)
+        yield f"activation grad {layout}", "_activation_grad_kernel", call, relu("backward")
+    for count in (8, 64):
+        partials = _maker(accumulate)(count, 512, 512)
+        call = functools.partial(reduce.sum_partials, partials, t(512, 512), bias=t(512), then="relu")
+        yield f"sum partials {count}", "_sum_partials_kernel", call, None
+        call = functools.partial(reduce.sum_partials, _maker(accumulate)(count, 512), t(512))
+        yield f"sum partials {count}, one row", "_sum_partials_kernel", call, None
+    rows = {f"rows {d}": ("rows", t(4096, d)) for d in _tiles._SOFTMAX_ROWS}
+    shapes = dict(long=(64, 131072), few=(64, 512, 16), short=(64, 32, 4096), tall=(64, 512, 4096), one=(64, 128, 4096))
+    blocks = {f"blocks {name}": ("blocks", t(*shape)) for name, shape in shapes.items()}
+    for name, (design, x) in (rows | blocks).items():
+        work = functools.partial(_work, "Softmax", lambda: torch.nn.Softmax(1), x)
+        forward = functools.partial(softmax.softmax, x, 1, dtype)
+        backward = functools.partial(softmax.softmax_grad, x, x, 1, dtype)
+        if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate):
+            yield f"softmax {name}", f"_softmax_{design}_kernel", forward, work("forward")
+        if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate, gradient=True):
+            yield f"softmax grad {name}", f"_softmax_{design}_grad_kernel", backward, work("backward")
+
+
+@functools.cache
+def cases(target: str) -> list[Case]:
+    """Every kernel at every tile that can be picked on `target`."""
+    every = (*_product_cases(target), *_descriptor_cases(target), *_memory_cases())
+    narrow = [case for case in every if target in case.targets]
+    return narrow + [
+        dataclasses.replace(case, wide=True)
+        for case in narrow
+        if case.dtype in (torch.bfloat16, torch.float32)
+        and (not case.force or "/gather" in case.name or ("tma" in case.name and "shared" not in case.name))
+    ]
+
+
+def representative(case: Case, target: str) -> bool:
+    """Whether a case is in the audit that CI runs, which must end within minutes. The rule:
+
+    - one dtype for each kind of arithmetic: not float16, whose code is bfloat16's with other names in it;
+    - sm_90 whole under that rule; the other targets without float64, without 64-bit offsets, and without strict float32
+      but for what memory decides;
+    - softmax rows of every fourth power of two only, beside the longest: between them the tile scales.
+    """
+    if case.dtype == torch.float16:
+        return False
+    rows = re.match(r"softmax (?:grad )?rows (\d+)$", case.name)
+    if rows and int(rows[1]) not in (1, 16, 256, 4096, 8192, 16384, 32768):
+        return False
+    if target == "sm_90":
+        return True
+    return case.dtype != torch.float64 and not case.wide and not (case.arithmetic == "ieee" and case.force)

@@ -1,0 +1,455 @@
+"""The host path: replays of what launchers did, that nothing in them goes stale, and CUDA graphs' rules."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import fastlayers
+import fastlayers.functional as FL
+from fastlayers import _capture, nn
+from fastlayers.kernels import _launch, _replay
+from fastlayers.kernels import pointwise as kernels
+from fastlayers.kernels._tiles import Tile, force
+
+ROOT = Path(__file__).parent.parent
+SPACES = (nn, torch.nn)
+
+
+@pytest.fixture
+def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one at every replay."""
+    counted: list[None] = []
+    take = _replay._InterpretedTake if _launch.INTERPRETED else _replay._Take
+    play = take.play
+    monkeypatch.setattr(take, "play", lambda *a: (counted.append(None), play(*a))[1])
+    return counted
+
+
+def clean(**more: str) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def test_what_reaches_triton() -> None:
+    """The checks in launched.py, in a process that does not interpret."""
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests" / "launched.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], cwd=ROOT, env=clean(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def models(device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
+    ours, theirs = (s.Sequential(s.Linear(6, 5), s.ReLU(), s.Linear(5, 4), s.Softmax(1)).to(device) for s in SPACES)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def step(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = model(x)
+    return [y, *torch.autograd.grad(y.square().sum(), (x, *model.parameters()))]
+
+
+def replace(model: Any) -> None:
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach() * 2 + 1)
+
+
+def swap_data(model: Any) -> None:
+    model[0].weight.data = model[0].weight.data.clone() - 1
+
+
+def edit_in_place(model: Any) -> None:
+    with torch.no_grad():
+        model[0].bias.add_(3)
+        model[2].weight.data.mul_(-2)
+
+
+def load(model: Any) -> None:
+    model.load_state_dict({k: v.flip(0) for k, v in model.state_dict().items()})
+
+
+def assign(model: Any) -> None:
+    model.load_state_dict({k: v.flip(0).clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+def restride(model: Any) -> None:
+    model[0].weight.data = model[0].weight.data.T.contiguous().T
+
+
+def unalign(model: Any) -> None:
+    w = model[0].weight.data
+    flat = torch.empty(w.numel() + 1, device=w.device, dtype=w.dtype)
+    model[0].weight.data = flat[1:].view(w.shape).copy_(w)
+
+
+def widen(model: Any) -> None:
+    extra = torch.linspace(-1, 1, 7 * 6, device=model[0].weight.device).view(7, 6)
+    model[0].weight.data, model[0].bias.data = extra, extra[:, 0].clone()
+    model[2].weight.data = extra.flatten()[:28].view(4, 7).clone()
+
+
+def drop_bias(model: Any) -> None:
+    model[0].bias = None
+
+
+def to_double(model: Any) -> None:
+    model.double()
+
+
+def freeze(model: Any) -> None:
+    model[0].weight.requires_grad_(False).neg_()
+    model[0].weight.requires_grad_()
+
+
+def resize(model: Any) -> None:
+    weight, bias = model[2].weight.requires_grad_(False), model[2].bias.requires_grad_(False)
+    values = weight.repeat(2, 1) - 0.5
+    weight.resize_(8, 5).copy_(values)
+    bias.resize_(8).copy_(values[:, 0])
+    model.requires_grad_()
+
+
+CHANGES = [
+    replace, swap_data, edit_in_place, load, assign, restride, unalign, widen, drop_bias, to_double, freeze, resize,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
+def test_nothing_goes_stale(change: Callable[[Any], None], plays: list[None], device: torch.device) -> None:
+    """Parameters changed between calls in every way there is: the next call, and those after it, are right."""
+    ours, theirs = models(device)
+    for _ in range(3):
+        step(ours, torch.randn(3, 6, device=device))
+    assert plays
+    for model in (ours, theirs):
+        change(model)
+    for _ in range(4):
+        before = len(plays)
+        x = torch.randn(3, 6, device=device, dtype=ours[0].weight.dtype)  # type: ignore[index]
+        for a, b in zip(step(ours, x), step(theirs, x), strict=True):
+            torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x))
+    assert len(plays) > before
+
+
+def test_inputs_of_every_kind_in_turn(plays: list[None], device: torch.device) -> None:
+    """One after the other, several times: sizes, strides, alignment, dtype, gradients wanted or not."""
+
+    def inputs() -> Iterator[torch.Tensor]:
+        for _ in range(4):
+            base = torch.randn(8, 12, device=device)
+            yield from (base[:3, :6], base[:, ::2], base[1:4, 1:7], base[:6, :3].T, base[:1, :6].expand(3, 6))
+            yield from (base[0, :6], base[None, :3, :6], torch.empty(0, 6, device=device))
+
+    ours, theirs = (s.Linear(6, 5).to(device) for s in SPACES)
+    theirs.load_state_dict(ours.state_dict())
+    for x in inputs():
+        for grad in (False, True):
+            a, b = x.detach().clone(memory_format=torch.preserve_format), x.detach()
+            a, b = a.requires_grad_(grad), b.clone().requires_grad_(grad)
+            y, z = ours(a), theirs(b)
+            torch.testing.assert_close(y, z)
+            g = torch.randn_like(y)
+            y.backward(g)
+            z.backward(g)
+            if grad:
+                torch.testing.assert_close(a.grad, b.grad)
+            for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+    assert len(plays) > 20
+
+
+def test_the_switches_are_read_at_every_call(plays: list[None], device: torch.device) -> None:
+    """policy, explain, forced tiles, torch's precision, autocast: each counts at once, and replays go on afterwards."""
+    x, w = torch.randn(4, 6, device=device), torch.randn(5, 6, device=device)
+    for _ in range(3):
+        FL.linear(x, w)
+    before = len(plays)
+    FL.linear(x, w)
+    assert len(plays) == before + 1
+    with fastlayers.policy("torch"):
+        FL.linear(x, w)
+    (decision,) = fastlayers.explain(FL.linear, x, w)
+    assert decision.kernels
+    assert len(plays) == before + 1
+    with force(product=Tile(16, 16, 16)):
+        (decision,) = fastlayers.explain(FL.linear, x, w)
+        assert "16x16x16" in decision.kernels[0]
+        FL.linear(x, w)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert FL.linear(x, w).dtype == torch.bfloat16
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    exact = F.linear(x.double(), w.double())
+    FL.linear(x, w)
+    assert len(plays) == before + 1
+    for _ in range(3):
+        coarse = FL.linear(x, w)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert (coarse - exact).norm() > 10 * (FL.linear(x, w) - exact).norm()
+    assert len(plays) > before + 1
+
+
+def test_in_place(plays: list[None], device: torch.device) -> None:
+    """The result is the input, and autograd is told, replayed or not."""
+    for _ in range(4):
+        x = torch.randn(5, 6, device=device)
+        expected, version = x.relu(), x._version
+        y = FL.relu(x, inplace=True)
+        assert y is x
+        assert x._version > version
+        torch.testing.assert_close(x, expected)
+    assert plays
+
+
+def test_nothing_is_kept_of_a_tensor(device: torch.device) -> None:
+    import gc
+    import weakref
+
+    kept = []
+    for _ in range(4):
+        x, w = torch.randn(7, 9, device=device), torch.randn(3, 9, device=device)
+        y = FL.relu(FL.linear(x, w))
+        kept += [weakref.ref(t) for t in (x, w, y)]
+        del x, w, y
+    gc.collect()
+    assert not any(r() is not None for r in kept)
+
+
+Work = Callable[[Any], tuple[torch.Tensor, ...]]
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return kernels.pointwise(x, "relu")
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda ts: (double(ts[0].clone()),),
+        lambda ts: (double(ts[0]).mul_(2),),
+        lambda ts: (double(ts[0]) + 1,),
+        lambda ts: (double(ts[0][1:]),),
+        lambda ts: (double(ts[0]) if ts[0].sum() > 0 else double(-ts[0]),),
+        lambda ts: (double(ts[0]).fill_(ts[0].max().item()),),
+        lambda ts: (double(ts[0])[:2],),
+        lambda ts: (torch.empty_like(ts[0]).copy_(double(ts[0])),),
+        lambda ts: (ts[0],),
+    ],
+    ids=["copies", "edits", "computes", "begins elsewhere", "looks", "fills", "returns a view", "allocates", "idles"],
+)
+def test_what_else_than_launching_is_not_replayed(work: Work, plays: list[None], device: torch.device) -> None:
+    """Found out while it is written down; from then on the ordinary way."""
+    replayable = _replay.Replayable(work)
+    for _ in range(5):
+        x = torch.randn(4, 5, device=device)
+        for a, b in zip(replayable((x,)), work((x,)), strict=True):
+            assert torch.equal(a, b)
+    assert not plays
+    assert list(replayable.takes.values()) == [False]
+
+
+def test_results_and_options_are_told_apart(plays: list[None], device: torch.device) -> None:
+    """Inputs, allocations and None among the results; options that change what is done."""
+
+    def work(tensors: Any, swapped: bool) -> tuple[torch.Tensor | None, ...]:
+        x, y, none = tensors
+        first, second = kernels.pointwise(x, "relu"), kernels.pointwise(y, "relu")
+        return (second, none, x, first) if swapped else (first, second, y, none)
+
+    replayable = _replay.Replayable(work)
+    for _ in range(4):
+        x, y = torch.randn(4, 5, device=device), torch.randn(3, device=device)
+        for swapped in (False, True):
+            got = replayable((x, y, None), swapped)
+            want = (y.relu(), None, x, x.relu()) if swapped else (x.relu(), y.relu(), y, None)
+            assert len(got) == 4
+            for a, b in zip(got, want, strict=True):
+                assert a is b if b is None or b is x or b is y else torch.equal(a, b)  # type: ignore[arg-type]
+    assert len(plays) == 4
+    assert len(replayable.takes) == 2
+
+
+@triton.jit
+def _copy_kernel(target_ptr, source, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(target_ptr + (i[:, None] * N + i[None, :]), source.load([0, 0]))
+
+
+def test_descriptors(plays: list[None], device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a tensor memory accelerator")
+
+    def work(tensors: Any) -> tuple[torch.Tensor, ...]:
+        y = _launch.empty_like(tensors[0])
+        _launch.launch(_copy_kernel, 1, y, TensorDescriptor.from_tensor(tensors[0], [16, 16]), N=16)
+        return (y,)
+
+    replayable = _replay.Replayable(work)
+    for _ in range(4):
+        x = torch.randn(16, 16, device=device)
+        assert torch.equal(replayable((x,))[0], x)
+    assert len(plays) == 2
+
+
+def test_forgets_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr(_replay, "LIMIT", 5)
+    replayable = _replay.Replayable(lambda ts: (kernels.pointwise(ts[0], "relu"),))
+    for n in range(1, 20):
+        x = torch.randn(n, device=device)
+        for _ in range(3):
+            assert torch.equal(replayable((x,))[0], x.relu())
+        assert len(replayable.takes) <= 5
+
+
+def test_an_error_leaves_no_recording_behind(device: torch.device) -> None:
+    x, calls = torch.randn(4, device=device), []
+
+    def work(tensors: Any) -> tuple[torch.Tensor, ...]:
+        calls.append(None)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return (kernels.pointwise(tensors[0], "relu"),)
+
+    replayable = _replay.Replayable(work)
+    replayable((x,))
+    with pytest.raises(ZeroDivisionError):
+        replayable((x,))
+    assert _launch.here.listener is None
+    for _ in range(3):
+        assert torch.equal(replayable((x,))[0], x.relu())
+
+
+def test_bench_host(tmp_path: Path) -> None:
+    """The figures themselves are nobody's business here; that there are some, and what they are of, is."""
+    path = tmp_path / "host.json"
+    command = [sys.executable, "-m", "bench.host", "--match", "relu", "--rounds", "2", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=clean(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(path.read_text())
+    assert [row["case"] for row in figures["cases"]] == [
+        "relu forward", "relu forward, graph recorded", "relu forward + backward",
+    ]  # fmt: skip
+    for row in figures["cases"]:
+        for side in ("torch", "ours"):
+            assert 0 < row[side]["p20"] <= row[side]["median"] <= row[side]["p80"]
+        assert row["case"] in done.stdout
+    assert figures["parts"]["the whole call"]["median"] > figures["parts"]["the look-up"]["median"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean(TRITON_INTERPRET="1"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
+# --- capture -----------------------------------------------------------------------------------------------------------
+
+
+def test_capture_says_what_it_can_not_take(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with pytest.raises(TypeError, match="takes a module, not function"):
+        fastlayers.capture(lambda x: x, x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes tensors as inputs, not list"):
+        fastlayers.capture(net, [x])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs the inputs of a call"):
+        fastlayers.capture(net)
+    hooked = nn.Sequential(nn.Linear(3, 2))
+    hooked[0].register_forward_hook(lambda *a: None)
+    with pytest.raises(ValueError, match="0 has a hook"):
+        fastlayers.capture(hooked, x)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="capture needs a GPU"):
+            fastlayers.capture(net, x)
+    monkeypatch.setattr(_capture, "_has_gpu", lambda: True)
+    with pytest.raises(ValueError, match="everything on one GPU, not on cpu"):
+        fastlayers.capture(net, x)
+    with pytest.raises(ValueError, match="everything on one GPU, not on cpu, meta"):
+        fastlayers.capture(net, x.to("meta"))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands for torch's own capture, on the CPU: warms up, and then calls the module."""
+    made: list[Any] = []
+
+    def make(module: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> Any:
+        made.append((module, samples))
+        for _ in range(3):
+            module(*samples)
+        return module
+
+    monkeypatch.setattr(_capture, "_has_gpu", lambda: True)
+    monkeypatch.setattr(_capture, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    return made
+
+
+def test_capture_keeps_the_rules_of_graphs(graphs: list[Any]) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(4, 3)
+    captured = fastlayers.capture(net, x)
+    module, (sample,) = graphs[0]
+    assert module is not net
+    assert "forward" not in vars(net)
+    assert sample.data_ptr() != x.data_ptr()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    y = captured(x)
+    assert y.requires_grad
+    y.sum().backward()
+    assert net[0].weight.grad is not None
+    with torch.no_grad():
+        net[0].weight.add_(1)  # an optimiser
+    captured(x)
+    for wrong in (x[:2], x.double(), x.clone().requires_grad_()):
+        with pytest.raises(ValueError, match=r"captured for torch.float32 \[4, 3\] on cpu, called with torch"):
+            captured(wrong)
+    with pytest.raises(ValueError, match="called with nothing"):
+        captured()
+    net.eval()
+    with pytest.raises(RuntimeError, match=r"train\(\) or eval\(\)"):
+        captured(x)
+    net.train()
+    captured(x)
+
+
+@pytest.mark.parametrize("change", [replace, swap_data, drop_bias, to_double], ids=lambda c: c.__name__)
+def test_capture_notices_what_moved(change: Callable[[Any], None], graphs: list[Any]) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    captured = fastlayers.capture(net, torch.randn(2, 6))
+    change(net)
+    with pytest.raises(RuntimeError, match="replaced, moved or frozen"):
+        captured(torch.randn(2, 6))
+
+
+def test_capture_notices_another_module(graphs: list[Any]) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU())
+    captured = fastlayers.capture(net, torch.randn(2, 6))
+    net[1] = torch.nn.Tanh()
+    with pytest.raises(RuntimeError, match="replaced, moved or frozen"):
+        captured(torch.randn(2, 6))
+
+
+def test_capture_for_inference(graphs: list[Any]) -> None:
+    net, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    with torch.no_grad():
+        captured = fastlayers.capture(net, x)
+    assert not captured(x).requires_grad  # grad mode is on, but there is no graph for backward
+    frozen = torch.nn.Linear(3, 2).requires_grad_(False)
+    assert not fastlayers.capture(frozen, x)(x).requires_grad
+    torch.testing.assert_close(captured(x), net(x))
