@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,19 +22,18 @@ import fastlayers
 import fastlayers.functional as FL
 from fastlayers.testing import assert_within_budget, neighbours
 
-with warnings.catch_warnings(action="ignore"):  # that optional packages of torch's own tests are missing
+# The import would forbid everyone to set torch.backends' switches, and warns that optional packages are missing.
+with mock.patch.object(torch.backends, "disable_global_flags"), warnings.catch_warnings(action="ignore"):
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
     from torch.testing._internal.common_utils import noncontiguous_like
-torch.backends.__allow_nonbracketed_mutation_flag = True  # that import forbids everyone to set torch.backends' switches
 
-# torch makes a padded copy for "same" and says so; we don't. A lazy module says that it is new.
+# torch makes a padded copy for "same" and says so; we don't. A lazy module says that it is new, forward
+# mode uses torch.jit.script, and complex numbers are cast.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
     pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
-    ),  # torch's own, forward mode
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning"),
 ]
 
