@@ -10,7 +10,7 @@ CI compiles every tile that these functions can return, for all targets (bench/a
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton.language as tl
@@ -91,6 +91,26 @@ _PRODUCT_ON = {
     },
     "sm_100": {("16", "large"): Tile(128, 256, 64, warps=8, stages=3)},
 }
+
+# Convolutions by boxes, on the GPUs that have tiled tensor descriptors (TMA). The one switch: without an architecture's
+# name here, it takes the kernels that load through pointers. m: channels of the result, n: pixels, k: channels summed.
+# In the weight gradient m: channels of x, n: channels of dz, k: pixels.
+BOX_ARCHITECTURES = ("sm_90", "sm_100")
+_BOX = {
+    ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
+    ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
+    ("16", "narrow"): Tile(64, 128, 64, warps=4, stages=3),
+    ("16", "small"): Tile(64, 64, 64, warps=4, stages=4),
+    ("16", "weight grad"): Tile(128, 128, 64, warps=8, stages=4),
+    ("16", "weight grad, narrow"): Tile(64, 64, 64, warps=4, stages=4),
+    ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=4),
+    ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
+    ("tf32", "narrow"): Tile(64, 128, 32, warps=4, stages=3),
+    ("tf32", "small"): Tile(64, 64, 32, warps=4, stages=4),
+    ("tf32", "weight grad"): Tile(128, 64, 32, warps=8, stages=3),
+    ("tf32", "weight grad, narrow"): Tile(64, 64, 32, warps=4, stages=3),
+}
+_CHANNELS_LAST = {pitch: Tile(4096 // pitch, pitch, warps=8) for pitch in (1, 2, 4, 8, 16, 32, 64)}
 
 # The interpreter pays per program and per step, not per element: few, large tiles.
 _INTERPRETER = Tile(128, 128, 128)
@@ -225,6 +245,76 @@ def conv_weight_grad(
         tile = products(device.architecture)[_arithmetic(dtype, precision), "small" if vectors else "gather"]
     programs = cdiv(channels, tile.m) * cdiv(columns, tile.n) * groups
     return tile, _splits(programs, cdiv(pixels, tile.k), device)
+
+
+# --- convolution by boxes ------------------------------------------------------------------------------------------------
+
+
+def takes_boxes(dtype: torch.dtype, precision: str, device: Device) -> bool:
+    """Whether convolutions of this kind load through tiled tensor descriptors. Not strict float32 nor float64, which
+    compile to a stack of kilobytes behind descriptors."""
+    if "box" in forced:
+        return True
+    return device.architecture in BOX_ARCHITECTURES and _arithmetic(dtype, precision) in ("16", "tf32")
+
+
+@functools.lru_cache(maxsize=4096)
+def box(pixels: int, images: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The box of so many pixels (a power of two), in images, rows and columns, that covers `images` (N, H, W) with the
+    least waste; of equals the widest, then the highest."""
+    n, h, w = images
+    sizes = [1 << i for i in range(pixels.bit_length())]
+    boxes = [(pixels // (high * wide), high, wide) for wide in sizes for high in sizes if high * wide <= pixels]
+    return min(boxes, key=lambda b: (cdiv(n, b[0]) * cdiv(h, b[1]) * cdiv(w, b[2]), -b[2], -b[1]))
+
+
+def conv_box(
+    channels: int,
+    depth: int,
+    images: tuple[int, int, int],
+    copies: int,
+    reach: int | None,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+) -> tuple[Tile, tuple[int, int, int]]:
+    """Tile and box for `copies` convolutions to `channels` channels of `images` (N, H, W), each a sum over taps and `depth`
+    channels. `reach`: a step must divide this many channels, because other ones follow."""
+    if "box" in forced:
+        tile = forced["box"]
+    else:
+        kind = _arithmetic(dtype, precision)
+        pixels = images[0] * images[1] * images[2]
+        for size in ("large", "medium") if channels > 64 else ("narrow",):
+            tile = _BOX[kind, size]
+            if 4 * copies * cdiv(channels, tile.m) * cdiv(pixels, tile.n) >= 3 * device.multiprocessors:
+                break
+        else:
+            tile = _BOX[kind, "small"]
+    k = tile.k
+    while k > 16 and (k >= 2 * depth if reach is None else reach % k):
+        k //= 2
+    return replace(tile, k=k), box(tile.n, images)
+
+
+def conv_box_weight_grad(
+    c: int, o: int, images: tuple[int, int, int], copies: int, dtype: torch.dtype, precision: str, device: Device
+) -> tuple[Tile, tuple[int, int, int], int]:
+    """Tile, box and shares of the pixels for `copies` (taps, groups) weight gradients (c, pixels) @ (pixels, o)."""
+    if "box" in forced:
+        tile = forced["box"]
+    else:
+        narrow = ", narrow" * (min(c, o) <= 64)
+        tile = _BOX[_arithmetic(dtype, precision), f"weight grad{narrow}"]
+    shape = box(tile.k, images)
+    steps = cdiv(images[0], shape[0]) * cdiv(images[1], shape[1]) * cdiv(images[2], shape[2])
+    programs = cdiv(c, tile.m) * cdiv(o, tile.n) * copies
+    return tile, shape, _splits(programs, steps, device)
+
+
+def channels_last(pitch: int) -> Tile:
+    """(m pixels, n channels) at a time for a copy to channels_last."""
+    return forced.get("channels_last", _CHANNELS_LAST[min(64, 1 << (pitch - 1).bit_length())])
 
 
 def pointwise() -> Tile:

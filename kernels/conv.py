@@ -15,19 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch, _tiles, epilogues
+from . import _launch, _tiles, conv_box, epilogues
+from .conv_box import first_tap
 from .matmul import matmul
 from .reduce import activation_grad, sum_partials
 
 
 @triton.jit
 def _conv_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
     PIXELS, C, H, W, O, OH, OW,
     x_n, x_c, x_h, x_w, w_o, w_c, w_r, w_s, y_n, y_c, y_h, y_w, pad_h, pad_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr, THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    ONE_TAP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    DILATION_W: tl.constexpr, EPS: tl.constexpr, THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, ONE_TAP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of y of TILE_M output pixels by TILE_N channels of one group.
 
@@ -84,10 +85,9 @@ def _conv_kernel(
         b = tl.load(w_ptr + (w_tap[:, None] + w_row[None, :]), mask=w_inside, other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
 
-    if bias_ptr is not None:
-        accumulator += tl.load(bias_ptr + first_o + o, mask=o_inside, other=0.0).to(ACC)[None, :]
-    if THEN is not None:
-        accumulator = THEN(accumulator)
+    accumulator = epilogues.finish(
+        accumulator, first_o + o, o_inside, 1, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, EPS, THEN
+    )  # fmt: skip
     y_pixel = n * y_n + oh * y_h + ow * y_w
     y_channel = (first_o + o) * y_c
     tl.store(
@@ -95,16 +95,6 @@ def _conv_kernel(
         accumulator.to(y_ptr.dtype.element_ty),
         mask=m_inside[:, None] & o_inside[None, :],
     )
-
-
-@triton.jit
-def _first_tap(offset, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr):
-    """The first tap t with (offset - t*DILATION) divisible by STRIDE; TAPS if there is none."""
-    first = TAPS + offset * 0
-    for i in tl.static_range(TAPS):
-        t = TAPS - 1 - i
-        first = tl.where((offset - t * DILATION) % STRIDE == 0, t, first)
-    return first
 
 
 @triton.jit
@@ -149,11 +139,11 @@ def _conv_input_grad_kernel(
     if STRIDE_H == 1:
         first_r = 0
     else:
-        first_r = _first_tap(class_h + pad_h, R, STRIDE_H, DILATION_H)
+        first_r = first_tap(class_h + pad_h, R, STRIDE_H, DILATION_H)
     if STRIDE_W == 1:
         first_s = 0
     else:
-        first_s = _first_tap(class_w + pad_w, S, STRIDE_W, DILATION_W)
+        first_s = first_tap(class_w + pad_w, S, STRIDE_W, DILATION_W)
     taps_h = tl.cdiv(R - first_r, STEP_H)
     taps_w = tl.cdiv(S - first_s, STEP_W)
     # The output pixel that meets the first tap; each further tap of the class lies STEP*DILATION/STRIDE before it.
@@ -310,8 +300,9 @@ def conv2d(
     groups: int,
     precision: str,
     then: str | None = None,
+    norm: epilogues.Norm | None = None,
 ) -> torch.Tensor:
-    """y = then(conv(x, w) + bias), written into `y`.
+    """y = then(norm(conv(x, w) + bias)), written into `y`.
 
     Shape: x (N, C, H, W), w (O, C/groups, R, S), bias (O,), y (N, O, OH, OW), all with any strides. y's size says how
     far the convolution goes below and to the right: `padding` is what lies above and to the left only.
@@ -320,11 +311,14 @@ def conv2d(
     n, _, height, width = x.shape
     o, c, r, s = w.shape
     oh, ow = y.shape[2:]
-    if _is_pointwise(w, stride, padding, groups):
+    if norm is None and _is_pointwise(w, stride, padding, groups):
         a, out = _as_matrix(x), _as_matrix(y)
         if a is not None and out is not None:
             matmul(a, w[:, :, 0, 0].T, bias=bias, then=then, out=out, precision=precision)
             return y
+    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision)
+    if conv_box.conv2d(x, w, bias, y, then=then, norm=norm, **geometry):
+        return y
     pixels, o = n * oh * ow, o // groups
     accumulate = torch.promote_types(x.dtype, torch.float32)
     w = _with_layout_of(x, w)
@@ -333,10 +327,11 @@ def conv2d(
     tile = _tiles.conv(pixels, o, x.dtype, precision, _tiles.device(x.device), vectors=vectors)
     _launch.launch(
         _conv_kernel, _tiles.cdiv(pixels, tile.m) * _tiles.cdiv(o, tile.n) * groups,
-        x, w, bias, y, pixels, c, height, width, o, oh, ow, *x.stride(), *w.stride(), *y.stride(), *padding,
+        x, w, bias, y, *epilogues.tensors(norm), pixels, c, height, width, o, oh, ow,
+        *x.stride(), *w.stride(), *y.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
-        THEN=epilogues.forward(then), ACC=_tiles.triton_dtype(accumulate), PRECISION=precision,
-        WIDE=wide, ONE_TAP=c % tile.k == 0,
+        EPS=0.0 if norm is None else norm.eps, THEN=epilogues.forward(then),
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, ONE_TAP=c % tile.k == 0,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
@@ -388,6 +383,9 @@ def conv2d_input_grad(
         if a is not None and out is not None:
             matmul(a, w[:, :, 0, 0], out=out, precision=precision)
             return dx
+    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision)
+    if conv_box.conv2d_input_grad(dz, w, dx, **geometry):
+        return dx
     o = o // groups
     classes = stride[0] * stride[1]
     # The largest class: its tiles are what every class is given.
@@ -431,6 +429,9 @@ def conv2d_weight_grad(
         if a is not None and b is not None:
             matmul(a.T, b, out=dw.as_strided((o, c), dw.stride()[:2]), precision=precision)
             return dw
+    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision)
+    if conv_box.conv2d_weight_grad(dz, x, dw, **geometry):
+        return dw
     o = o // groups
     pixels, columns = n * oh * ow, r * s * c
     accumulate = torch.promote_types(x.dtype, torch.float32)
