@@ -46,7 +46,7 @@ def first_tap(offset, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.con
 @triton.jit
 def _conv_box_kernel(
     y_ptr, x, w, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
-    N, H, W, O, C, y_n, y_c, y_h, y_w, x_w, pad_h, pad_w,
+    N, H, W, O, C, y_n, y_c, y_h, y_w, x_w, w_tap, pad_h, pad_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, INPUT_GRAD: tl.constexpr, EPS: tl.constexpr,
     THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -57,7 +57,8 @@ def _conv_box_kernel(
     dx, x is dz, and the box lies in one class of pixels: those at (h*STRIDE_H + class_h, w*STRIDE_W + class_w).
 
     x and w are descriptors: of the image (N, H, W, channels), or in phases (N, H/STRIDE_H, STRIDE_H, W/STRIDE_W,
-    STRIDE_W*x_w); of the weight as it is saved (rows, R*S, columns). C is what is summed over, in each group.
+    STRIDE_W*x_w); of the weight as it lies in memory (rows, taps and columns, w_tap from tap to tap). C is what is summed
+    over, in each group.
     """
     tiles_m = tl.cdiv(O, TILE_M)
     pid_m = tl.program_id(0) % tiles_m
@@ -105,8 +106,7 @@ def _conv_box_kernel(
             h = first_h + (class_h + pad_h - first_r * DILATION_H) // STRIDE_H - i * BACK_H
             v = first_w + (class_w + pad_w - first_s * DILATION_W) // STRIDE_W - j * BACK_W
             b = x.load([first_n, h, v, first_c + k])
-            a = w.load([first_c + k, (first_r + i * STEP_H) * S + first_s + j * STEP_W, first_m])
-            a = tl.reshape(a, (TILE_K, TILE_M)).T
+            a = w.load([first_c + k, ((first_r + i * STEP_H) * S + first_s + j * STEP_W) * w_tap + first_m]).T
         else:
             h = tap // S * DILATION_H - pad_h
             v = tap % S * DILATION_W - pad_w
@@ -119,7 +119,7 @@ def _conv_box_kernel(
                 channel = v % STRIDE_W * x_w + first_c + k
                 row = first_h + h // STRIDE_H - pad_h
                 b = x.load([first_n, row, h % STRIDE_H, first_w + v // STRIDE_W - pad_w, channel])
-            a = tl.reshape(w.load([first_o + first_m, tap, k]), (TILE_M, TILE_K))
+            a = w.load([first_o + first_m, tap * w_tap + k])
         b = tl.reshape(b, (TILE_N, TILE_K))
         accumulator = tl.dot(a, b.T, accumulator, input_precision=PRECISION, out_dtype=ACC)
 
@@ -182,10 +182,10 @@ def _conv_box_weight_grad_kernel(
     pixel = tl.arange(0, TILE_K)
 
     accumulator = tl.zeros((TILE_M, TILE_N), ACC)
-    for box in range(begin, end):
-        w = box % tiles_w * TILE_W
-        h = box // tiles_w % tiles_h * TILE_H
-        n = box // (tiles_w * tiles_h) * TILE_IMAGES
+    w = begin % tiles_w * TILE_W
+    h = begin // tiles_w % tiles_h * TILE_H
+    n = begin // (tiles_w * tiles_h) * TILE_IMAGES
+    for _ in range(begin, end):
         if STRIDE_H * STRIDE_W == 1:
             a = x.load([n, h + row, w + column, channel])
         else:
@@ -196,6 +196,14 @@ def _conv_box_weight_grad_kernel(
             a = tl.where(pixel_inside[:, None], a, 0.0)
         b = tl.reshape(dz.load([n, h, w, group * O + pid_n * TILE_N]), (TILE_K, TILE_N))
         accumulator = tl.dot(a.T, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+        # The next box: counting costs a few instructions, dividing its number scores of them.
+        w += TILE_W
+        row_ends = w >= W
+        w = tl.where(row_ends, 0, w)
+        h += tl.where(row_ends, TILE_H, 0)
+        image_ends = h >= H
+        h = tl.where(image_ends, 0, h)
+        n += tl.where(image_ends, TILE_IMAGES, 0)
 
     c = pid_m * TILE_M + tl.arange(0, TILE_M)
     o = pid_n * TILE_N + tl.arange(0, TILE_N)
@@ -282,14 +290,18 @@ def _descriptor(x: torch.Tensor, block: list[int], phases: Pair = (1, 1)) -> Ten
     return TensorDescriptor(x, shape, strides, [*block[:2], 1, *block[2:]])
 
 
-def _weight_descriptor(w: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """w (O, C, R, S), saved as (O, R, S, C), as (O, R*S, C)."""
+def _weight_operand(w: torch.Tensor, step: int) -> torch.Tensor:
+    """w (O, C, R, S), or a copy in order (O, R, S, C) if it isn't, with zeros up to a multiple of `step` channels."""
+    in_order = is_channels_last(w) and (w.shape[2] == 1 or w.shape[3] == 1 or w.stride(2) == w.shape[3] * w.stride(3))
+    return w if in_order and w.shape[1] % step == 0 else channels_last(w, pitch=_whole(w.shape[1], step))
+
+
+def _weight_descriptor(w: torch.Tensor, block: list[int]) -> tuple[TensorDescriptor, int]:
+    """w (O, C, R, S), lying as (O, R, S, C), as (O, taps and channels); and how far it is from tap to tap."""
     o, c, r, s = w.shape
-    if not is_channels_last(w) or (r > 1 and s > 1 and w.stride(2) != s * w.stride(3)):
-        w = channels_last(w, pitch=_whole(c, 16 // w.element_size()))
-    unit = 16 // w.element_size()
-    step = w.stride(3) if s > 1 else w.stride(2) if r > 1 else unit
-    return TensorDescriptor(w, [o, r * s, c], [w.stride(0) if o > 1 else unit, step, 1], block)
+    step = w.stride(3) if s > 1 else w.stride(2) if r > 1 else c
+    row = w.stride(0) if o > 1 else 16
+    return TensorDescriptor(w, [o, (r * s - 1) * step + c], [row, 1], block), step
 
 
 def _one_phase(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[slice, int, int, int] | None:
@@ -363,9 +375,8 @@ def conv2d(
     if _is_stem(x, w, dilation, groups):
         o, _, r, s = w.shape
         x, pitch = _stem(x, s, y.shape[3], stride, padding[1])
-        row = _whole(s, 8) * pitch
-        w = channels_last(w, pitch=pitch, size=(r, _whole(s, 8)))
-        w = w.as_strided((o, s * pitch, r, 1), (r * row, 1, row, row))
+        row = _whole(s * pitch, 64)
+        w = channels_last(w, pitch=pitch, size=(r, row // pitch)).as_strided((o, row, r, 1), (r * row, 1, row, row))
         stride, padding, dilation = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
     x, stride, padding, dilation = _without_strides(x, w, stride, padding, dilation)
     return _launch_box(
@@ -411,8 +422,7 @@ def _launch_box(
 ) -> bool:
     n, _, h, v = y.shape
     r, s = w.shape[2:]
-    rows, columns = w.shape[0] // groups, w.shape[1]
-    o, c = (columns, rows) if input_grad else (rows, columns)
+    o, c = (w.shape[1], w.shape[0] // groups) if input_grad else (w.shape[0] // groups, min(w.shape[1], x.shape[1]))
     phases, classes = ((1, 1), stride) if input_grad else (stride, (1, 1))
     across = groups > 1 or phases[1] > 1
     if groups > 1 and c % 16:
@@ -425,14 +435,16 @@ def _launch_box(
         _tiles.device(x.device),
     )  # fmt: skip
     x_desc = _descriptor(x, [images, rows_h, rows_w, tile.k], phases)
-    w_desc = _weight_descriptor(w, [tile.k, 1, tile.m] if input_grad else [tile.m, 1, tile.k])
+    # What the last step over the channels of a tap reads beyond them must be zeros.
+    w = _weight_operand(w, 16 // w.element_size() if input_grad else tile.k)
+    w_desc, w_tap = _weight_descriptor(w, [tile.k, tile.m] if input_grad else [tile.m, tile.k])
     boxes = _tiles.cdiv(n, images)
     boxes *= _tiles.cdiv(_tiles.cdiv(h, classes[0]), rows_h) * _tiles.cdiv(_tiles.cdiv(v, classes[1]), rows_w)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     _launch.launch(
         _conv_box_kernel, _tiles.cdiv(o, tile.m) * classes[0] * classes[1] * boxes * groups,
         y, x_desc, w_desc, bias, *epilogues.tensors(norm),
-        n, h, v, o, c, *y.stride(), x.stride(3), *padding,
+        n, h, v, o, c, *y.stride(), x.stride(3), w_tap, *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
         INPUT_GRAD=input_grad, EPS=0.0 if norm is None else norm.eps, THEN=epilogues.forward(then),
