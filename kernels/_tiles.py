@@ -97,11 +97,12 @@ _PRODUCT_ON = {
 # In the weight gradient m: channels of x, n: channels of dz, k: pixels.
 BOX_ARCHITECTURES = ("sm_90", "sm_100")
 _BOX = {
-    ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
+    ("16", "large"): Tile(128, 256, 64, warps=8, stages=4),
     ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
     ("16", "narrow"): Tile(64, 128, 64, warps=4, stages=3),
     ("16", "small"): Tile(64, 64, 64, warps=4, stages=4),
     ("16", "weight grad"): Tile(128, 128, 64, warps=8, stages=4),
+    ("16", "weight grad, wide"): Tile(128, 256, 64, warps=8, stages=3),
     ("16", "weight grad, narrow"): Tile(64, 64, 64, warps=4, stages=4),
     ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=4),
     ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
@@ -111,6 +112,11 @@ _BOX = {
     ("tf32", "weight grad, narrow"): Tile(64, 64, 32, warps=4, stages=3),
 }
 _CHANNELS_LAST = {pitch: Tile(4096 // pitch, pitch, warps=8) for pitch in (1, 2, 4, 8, 16, 32, 64)}
+
+# Depthwise convolutions: m pixels, n channels; elements in a tile, by bytes of an element. In NCHW neighbouring threads
+# must take neighbouring pixels, so n is 1, and every element has an address of its own.
+_DEPTHWISE_CHANNELS_LAST = {2: 2048, 4: 1024, 8: 512}
+_DEPTHWISE_NCHW = 256
 
 # The interpreter pays per program and per step, not per element: few, large tiles.
 _INTERPRETER = Tile(128, 128, 128)
@@ -304,12 +310,35 @@ def conv_box_weight_grad(
     if "box" in forced:
         tile = forced["box"]
     else:
-        narrow = ", narrow" * (min(c, o) <= 64)
-        tile = _BOX[_arithmetic(dtype, precision), f"weight grad{narrow}"]
+        kind = _arithmetic(dtype, precision)
+        size = ", narrow" if min(c, o) <= 64 else ", wide" if kind == "16" and o % 256 == 0 else ""
+        tile = _BOX[kind, f"weight grad{size}"]
     shape = box(tile.k, images)
     steps = cdiv(images[0], shape[0]) * cdiv(images[1], shape[1]) * cdiv(images[2], shape[2])
     programs = cdiv(c, tile.m) * cdiv(o, tile.n) * copies
     return tile, shape, _splits(programs, steps, device)
+
+
+def depthwise(channels: int, dtype: torch.dtype, *, channels_last: bool) -> Tile:
+    """(m pixels, n channels) at a time."""
+    if "depthwise" in forced:
+        return forced["depthwise"]
+    if not channels_last:
+        return Tile(_DEPTHWISE_NCHW, 1)
+    n = min(64, 1 << (channels - 1).bit_length())
+    return Tile(_DEPTHWISE_CHANNELS_LAST[dtype.itemsize] // n, n)
+
+
+def depthwise_weight_grad(
+    channels: int, pixels: int, r: int, s: int, dtype: torch.dtype, device: Device, *, channels_last: bool
+) -> tuple[Tile, int]:
+    """(m pixels, n channels, k >= s taps) at a time, and the number of shares of the pixels: several programs for every
+    multiprocessor, with at least eight steps each."""
+    tile = depthwise(channels, dtype, channels_last=channels_last)
+    taps = 1 << (s - 1).bit_length()
+    tile = replace(tile, m=max(1, 2 * tile.m // taps), k=taps)
+    programs = r * cdiv(channels, tile.n)
+    return tile, max(1, min(cdiv(8 * device.multiprocessors, programs), cdiv(pixels, 8 * tile.m)))
 
 
 def channels_last(pitch: int) -> Tile:

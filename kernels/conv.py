@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch, _tiles, conv_box, epilogues
+from . import _launch, _tiles, conv_box, conv_depthwise, epilogues
 from .conv_box import first_tap
 from .matmul import matmul
 from .reduce import activation_grad, sum_partials
@@ -311,6 +311,10 @@ def conv2d(
     n, _, height, width = x.shape
     o, c, r, s = w.shape
     oh, ow = y.shape[2:]
+    if conv_depthwise.takes(x.shape[1], w, groups):
+        return conv_depthwise.conv2d(
+            x, w, bias, y, stride=stride, padding=padding, dilation=dilation, then=then, norm=norm
+        )
     if norm is None and _is_pointwise(w, stride, padding, groups):
         a, out = _as_matrix(x), _as_matrix(y)
         if a is not None and out is not None:
@@ -378,6 +382,10 @@ def conv2d_input_grad(
     n, _, height, width = dx.shape
     o, c, r, s = w.shape
     oh, ow = dz.shape[2:]
+    if conv_depthwise.takes(dz.shape[1], w, groups):
+        return conv_depthwise.conv2d(
+            dz, w, None, dx, stride=stride, padding=padding, dilation=dilation, input_grad=True
+        )
     if _is_pointwise(w, stride, padding, groups):
         a, out = _as_matrix(dz), _as_matrix(dx)
         if a is not None and out is not None:
@@ -424,6 +432,8 @@ def conv2d_weight_grad(
     n, _, height, width = x.shape
     o, c, r, s = dw.shape
     oh, ow = dz.shape[2:]
+    if conv_depthwise.takes(x.shape[1], dw, groups):
+        return conv_depthwise.conv2d_weight_grad(dz, x, dw, stride=stride, padding=padding, dilation=dilation)
     if _is_pointwise(dw, stride, padding, groups):
         a, b = _as_matrix(dz), _as_matrix(x)
         if a is not None and b is not None:
