@@ -10,6 +10,7 @@ channels_last and any slice of either are the same kernel. A 1x1 convolution who
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -341,12 +342,26 @@ def conv2d(
     return y
 
 
+def reads_channels_last(dz: torch.Tensor, w_shape: Sequence[int], precision: str) -> bool:
+    """Whether the gradients of a convolution with this weight (O, C/groups, R, S) are computed from a dz in channels_last,
+    which is copied if it isn't."""
+    channels = w_shape[0] * dz.element_size() % 16 == 0 and w_shape[1] > 1
+    return channels and _tiles.takes_boxes(dz.dtype, precision, _tiles.device(dz.device))
+
+
 def conv2d_output_grad(
-    dy: torch.Tensor, *, undo: tuple[str, torch.Tensor] | None, channel_sums: torch.dtype | None
+    dy: torch.Tensor,
+    *,
+    undo: tuple[str, torch.Tensor] | None,
+    channel_sums: torch.dtype | None,
+    channels_last: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dz = name_grad(dy, saved), with the sums over images and pixels if asked for, in one pass over memory.
 
     Shape: dy and saved (N, O, OH, OW), any strides; the sums (O,).
+
+    Args:
+        channels_last: dz is to be in channels_last, whatever dy is: a single conversion for both kernels that read it.
     """
     n, o, h, w = dy.shape
     images = [dy] if undo is None else [dy, undo[1]]
@@ -356,11 +371,12 @@ def conv2d_output_grad(
         batch, pixels = n, h * w
         images = [image if _rows_follow(image) else image.contiguous() for image in images]
     as_rows = [image.permute(0, 2, 3, 1).reshape(batch, pixels, o) for image in images]
+    out = _launch.empty((batch, pixels, o), dtype=dy.dtype, device=dy.device) if undo and channels_last else None
     dz, sums = activation_grad(
-        as_rows[0], undo=None if undo is None else (undo[0], as_rows[1]), column_sums=channel_sums
+        as_rows[0], undo=None if undo is None else (undo[0], as_rows[1]), out=out, column_sums=channel_sums
     )  # fmt: skip
     if undo is None:
-        return dy, sums
+        return conv_box.channels_last(dy) if channels_last and not conv_box.is_channels_last(dy) else dy, sums
     return dz.view(n, h, w, o).permute(0, 3, 1, 2), sums
 
 
