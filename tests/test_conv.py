@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -14,9 +15,10 @@ import fastlayers
 import fastlayers.functional as FL
 from fastlayers import nn
 from fastlayers.kernels import _launch, _tiles
+from fastlayers.kernels import conv as kernels
 from fastlayers.kernels._tiles import Device, Tile
 from fastlayers.ops.conv import _is_channels_last
-from fastlayers.testing import assert_within_budget
+from fastlayers.testing import assert_within_budget, neighbours
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 r = torch.randn
@@ -358,3 +360,108 @@ def test_float32_obeys_cudnns_switch(device: torch.device, monkeypatch: pytest.M
         seen.clear()
         layer(x).sum().backward()
         assert {p for p in seen if p} == {value}
+
+
+def pair(make: Any, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same model of our layers and of torch's, with statistics as after some training."""
+    ours, theirs = make(nn).to(device), make(torch.nn).to(device)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def block(space: Any, **norm: Any) -> torch.nn.Module:
+    return space.Sequential(
+        space.Conv2d(2, 4, 3, padding=1, bias=False), space.BatchNorm2d(4, **norm), space.ReLU(),
+        space.Conv2d(4, 3, 1), space.BatchNorm2d(3, **norm),
+    )  # fmt: skip
+
+
+def layers(model: torch.nn.Module, x: torch.Tensor) -> list[str]:
+    with fastlayers.policy("auto"):
+        return [decision.module for decision in fastlayers.explain(model, x)]
+
+
+def test_batch_norm_in_eval_is_part_of_the_convolution(device: torch.device) -> None:
+    ours, theirs = pair(block, device)
+    x = r(2, 2, 4, 5, device=device)
+    ours.eval()
+    theirs.eval()
+    exact = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        assert layers(ours, x) == ["0 + 1 + 2", "3 + 4"]
+        assert_within_budget(ours(x), [theirs(t) for (t,) in neighbours(x)], exact(x.double()))
+        # Nothing is remembered: statistics edited, loaded, or updated in training count at once.
+        ours[1].running_mean.add_(1)
+        theirs[1].running_mean.add_(1)
+        ours[4].eps = theirs[4].eps = 0.5
+        torch.testing.assert_close(ours(x), theirs(x))
+        ours[1].weight.data = theirs[1].weight.data = r(4, device=device)
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert layers(ours, x) == ["0", "1", "2", "3", "4"], "gradients"
+
+
+def test_batch_norm_keeps_to_itself_where_it_would_show(device: torch.device) -> None:
+    class Mine(torch.nn.BatchNorm2d):
+        pass
+
+    x = r(2, 2, 4, 5, device=device)
+    separate = ["0", "1", "2"]
+    with torch.no_grad():
+        ours, theirs = pair(block, device)
+        assert layers(ours, x)[:3] == separate, "training"
+        theirs(x)
+        with fastlayers.policy("auto"):
+            torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+        ours.eval()
+        handle = ours[1].register_forward_hook(lambda *_: None)
+        assert layers(ours, x)[:3] == separate, "a hook"
+        handle.remove()
+        assert layers(ours, x)[0] == "0 + 1 + 2"
+        norm = Mine(4).to(device).eval()
+        for other in (norm, torch.nn.BatchNorm2d(4, track_running_stats=False).to(device).eval()):
+            ours[1] = other
+            assert layers(ours, x)[:3] == separate
+        ours[1] = torch.nn.BatchNorm2d(5).to(device).eval()
+        with fastlayers.policy("auto"), pytest.raises(RuntimeError):
+            ours(x)
+
+
+def three(space: Any) -> torch.nn.Module:
+    return space.Sequential(
+        space.Conv2d(2, 3, 3, padding=1), space.ReLU(), space.Conv2d(3, 5, 2), space.Conv2d(5, 4, 1), space.ReLU()
+    )
+
+
+def test_between_convolutions_images_stay_in_channels_last(
+    device: torch.device, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCHW comes in and goes out; it is converted once. Results, gradients and strides are torch's."""
+    formats = []
+    conv2d = kernels.conv2d
+    monkeypatch.setattr(
+        kernels, "conv2d", lambda x, *a, **k: (formats.append(_is_channels_last(x)), conv2d(x, *a, **k))[1]
+    )
+    ours, theirs = pair(three, device)
+    for x in (r(2, 2, 4, 5, device=device), last(2, 2, 4, 5).to(device)):
+        for weight in (torch.contiguous_format, torch.channels_last):
+            ours[2].weight.data = ours[2].weight.data.contiguous(memory_format=weight)
+            theirs[2].weight.data = theirs[2].weight.data.contiguous(memory_format=weight)
+            formats.clear()
+            results = []
+            for model in (ours, theirs):
+                leaf = x.clone().requires_grad_()
+                y = model(leaf)
+                results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])])
+            assert formats == [_is_channels_last(x), True, True]
+            assert results[0][0].stride() == results[1][0].stride()
+            torch.testing.assert_close(*results)
+    with fastlayers.policy("torch"):
+        assert ours(r(2, 2, 4, 5, device=device)).is_contiguous(memory_format=torch.channels_last)
