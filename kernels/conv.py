@@ -312,6 +312,7 @@ def conv2d(
     n, _, height, width = x.shape
     o, c, r, s = w.shape
     oh, ow = y.shape[2:]
+    bias = None if bias is None else bias.contiguous()
     if conv_depthwise.takes(x.shape[1], w, groups):
         return conv_depthwise.conv2d(
             x, w, bias, y, stride=stride, padding=padding, dilation=dilation, then=then, norm=norm

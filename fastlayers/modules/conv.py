@@ -53,3 +53,12 @@ class Conv2d(nn.Conv2d):
         """channels_last between the layers, and torch's memory format at the end: an image in NCHW is converted once."""
         formats = F.conv2d_formats(input, [layer.weight for layer in layers])
         return [{"channels_last": format} for format in formats]
+
+
+class LazyConv2d(nn.LazyConv2d, Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A Conv2d that learns in_channels from its first input, and becomes a `fastlayers.Conv2d`. As torch.nn.LazyConv2d.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyConv2d.html
+    """
+
+    cls_to_become = Conv2d  # type: ignore[assignment]
