@@ -427,12 +427,12 @@ def _launch_box(
     across = groups > 1 or phases[1] > 1
     if groups > 1 and c % 16:
         return False  # a step of the sum would read the next group's channels
-    x = _operand(x, phases)
+    x, wide = _operand(x, phases), _launch.wide(y)
     # Of the sum's steps none may reach into the next group, or out of a phase into the next one.
     reach = math.gcd(c, x.shape[1]) if groups > 1 else x.shape[1] if across else None
     tile, (images, rows_h, rows_w) = _tiles.conv_box(
         o, c, (n, -(-h // classes[0]), -(-v // classes[1])), groups * classes[0] * classes[1], reach, x.dtype, precision,
-        _tiles.device(x.device),
+        _tiles.device(x.device), wide=wide,
     )  # fmt: skip
     x_desc = _descriptor(x, [images, rows_h, rows_w, tile.k], phases)
     # What the last step over the channels of a tap reads beyond them must be zeros.
@@ -448,7 +448,7 @@ def _launch_box(
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
         INPUT_GRAD=input_grad, EPS=0.0 if norm is None else norm.eps, THEN=epilogues.forward(then),
-        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=_launch.wide(y),
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide,
         TILE_IMAGES=images, TILE_H=rows_h, TILE_W=rows_w,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
