@@ -71,6 +71,15 @@ def test_one_tap_per_step(channels: int, device: torch.device) -> None:
         check(x.to(memory_format=format), w, r(channels, device=device), padding=1, stride=(1, 2))
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_more_taps_than_fit_a_word(wide: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit for each tap, in 32 or 64 of them, or none."""
+    monkeypatch.setattr(_launch, "wide", lambda *tensors: wide)
+    for kernel in ((6, 6), (7, 9)):
+        x, w = r(1, 16, 5, 6, device=device), r(16, 16, *kernel, device=device)
+        check(x, w, None, padding=(3, 4), stride=(2, 1), dilation=(1, 2) if kernel == (6, 6) else 1)
+
+
 def test_pixels_spread_over_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "device", lambda device: Device("sm_90", 24))
     with _tiles.force(product=Tile(32, 32, 16), sum_partials=Tile(2, 64)):
