@@ -106,7 +106,7 @@ _BOX = {
     ("16", "weight grad, narrow"): Tile(64, 64, 64, warps=4, stages=4),
     ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=4),
     ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
-    ("tf32", "narrow"): Tile(64, 128, 32, warps=4, stages=3),
+    ("tf32", "narrow"): Tile(64, 128, 32, warps=4, stages=4),
     ("tf32", "small"): Tile(64, 64, 32, warps=4, stages=4),
     ("tf32", "weight grad"): Tile(128, 64, 32, warps=8, stages=3),
     ("tf32", "weight grad, narrow"): Tile(64, 64, 32, warps=4, stages=3),

@@ -75,9 +75,9 @@ def test_one_tap_per_step(channels: int, device: torch.device) -> None:
 def test_more_taps_than_fit_a_word(wide: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bit for each tap, in 32 or 64 of them, or none."""
     monkeypatch.setattr(_launch, "wide", lambda *tensors: wide)
-    for kernel in ((6, 6), (7, 9)):
-        x, w = r(1, 16, 5, 6, device=device), r(16, 16, *kernel, device=device)
-        check(x, w, None, padding=(3, 4), stride=(2, 1), dilation=(1, 2) if kernel == (6, 6) else 1)
+    for kernel in ((4, 8), (7, 9)):
+        x, w = r(1, 16, 3, 4, device=device), r(16, 16, *kernel, device=device)
+        check(x, w, None, padding=(3, 4), stride=(2, 1))
 
 
 def test_pixels_spread_over_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

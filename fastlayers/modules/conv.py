@@ -44,12 +44,13 @@ class Conv2d(nn.Conv2d):
         ((layer, then),) = stages
         statistics = None
         if norm is not None:
+            assert norm.running_mean is not None and norm.running_var is not None  # the plan has seen to it
             statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
         arguments = layer._arguments(input, layer.weight, layer.bias)
         return F.conv2d_then(*arguments, then=then, norm=statistics, channels_last=channels_last)
 
     @staticmethod
-    def carry(input: torch.Tensor, layers: Sequence[Conv2d]) -> list[dict[str, bool | None]]:
+    def carry(input: torch.Tensor, layers: Sequence[Conv2d]) -> list[dict[str, Any]]:
         """channels_last between the layers, and torch's memory format at the end: an image in NCHW is converted once."""
         formats = F.conv2d_formats(input, [layer.weight for layer in layers])
         return [{"channels_last": format} for format in formats]

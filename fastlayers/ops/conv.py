@@ -338,4 +338,4 @@ def conv2d_formats(input: torch.Tensor, weights: Sequence[torch.Tensor]) -> list
     if not plain or input.dtype == torch.float64 or any(w.dim() != 4 or w.shape[0] == 1 for w in weights[:-1]):
         return [None] * len(weights)
     chosen = _is_channels_last(_images(input)) or any(_is_channels_last(w) for w in weights)
-    return [True] * (len(weights) - 1) + [chosen]
+    return [*(True for _ in weights[:-1]), chosen]
