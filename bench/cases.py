@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastlayers.kernels import _tiles, conv, matmul, pointwise, reduce, softmax
+from fastlayers.kernels import _tiles, conv, conv_box, epilogues, matmul, pointwise, reduce, softmax
 from fastlayers.kernels._tiles import Product, Tile
 from fastlayers.testing import SPECS
 
@@ -42,7 +42,9 @@ class Case:
     def streams(self) -> bool:
         """Whether memory alone decides the speed, so that every load and store must be 128 bits wide. Rows of up to 8
         elements, which aren't aligned, can't be."""
-        return re.match(r"relu|softmax (grad )?(rows \d\d|blocks)", self.name) is not None
+        rows = r"relu|softmax (grad )?(rows \d\d|blocks)"
+        images = r"to channels_last \d|depthwise (input grad )?\S+ stride \d channels_last"
+        return re.match(f"{rows}|{images}", self.name) is not None
 
     @property
     def label(self) -> str:
@@ -80,7 +82,9 @@ def _product_cases(target: str) -> Iterator[Case]:
         name = f"{kind}/{size} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}"
         for dtype in _KINDS[kind]:
             calls = [("matmul", *call) for call in _matmul_calls(0, dtype, precision)]
-            calls += [("conv", *call) for call in _conv_calls(dtype, precision)]
+            boxes = target in _tiles.BOX_ARCHITECTURES and kind in ("16", "tf32")
+            if not boxes:
+                calls += [("conv", *call) for call in _conv_calls(dtype, precision)]
             # What _tiles never picks: a large tile for a convolution, or where rows of an operand are summed.
             if size == "large":
                 calls = [c for c in calls if c[0] == "matmul" and "bias grad" not in c[1]]
@@ -88,7 +92,10 @@ def _product_cases(target: str) -> Iterator[Case]:
                 calls = [c for c in calls if c[0] == "matmul" or c[1] != "weight grad"]
             if size == "gather":
                 calls += [("matmul odd", *call) for call in _matmul_calls(1, dtype, precision)]
-                calls += [("conv stem", *call) for call in _stem_calls(dtype, precision)]
+                if boxes:
+                    calls += [("conv grouped", *call) for call in _grouped_calls(dtype, precision)]
+                else:
+                    calls += [("conv stem", *call) for call in _stem_calls(dtype, precision)]
             for family, direction, kernel, call in calls:
                 work = _product_work(family, direction, dtype)
                 yield Case(
@@ -171,9 +178,85 @@ def _stem_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
     yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
 
 
-def _geometry(stride: int, padding: int, precision: str) -> dict[str, Any]:
+def _grouped_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
+    """Groups of channels that a box's step of the sum would reach beyond."""
+    t, last = _maker(dtype), torch.channels_last
+    geometry = _geometry(2, 1, precision, groups=32)
+    x, y = t(32, 256, 56, 56).to(memory_format=last), t(32, 256, 28, 28).to(memory_format=last)
+    w = t(256, 8, 3, 3).to(memory_format=last)
+    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(256), y, then="relu", **geometry)
+    yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
+
+
+def _geometry(stride: int, padding: int, precision: str, groups: int = 1) -> dict[str, Any]:
     pairs = dict(stride=(stride, stride), padding=(padding, padding), dilation=(1, 1))
-    return dict(**pairs, groups=1, precision=precision)
+    return dict(**pairs, groups=groups, precision=precision)
+
+
+def _box_cases() -> Iterator[Case]:
+    """Convolutions through descriptors, at every tile: both strides, few channels, results in NCHW."""
+    for (kind, size), tile in _tiles._BOX.items():
+        for dtype in _KINDS[kind]:
+            calls = _box_weight_grad_calls(dtype) if size.startswith("weight") else _box_calls(dtype)
+            for direction, kernel, call in calls:
+                name = f"box {direction} {kind}/{size} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}"
+                yield Case(
+                    name, kernel, dtype, call, dict(box=tile), targets=_tiles.BOX_ARCHITECTURES, arithmetic=kind
+                )
+
+
+def _box_calls(dtype: torch.dtype) -> Iterator[Call]:
+    t, last, kernel = _maker(dtype), torch.channels_last, "_conv_box_kernel"
+    w, norm = t(256, 256, 3, 3), epilogues.Norm(t(256), t(256), t(256), t(256), 1e-5)
+    x, half, planes = t(32, 256, 56, 56), t(32, 256, 28, 28), t(32, 256, 56, 56)
+    x, half, w = (tensor.to(memory_format=last) for tensor in (x, half, w))
+    once, twice = _geometry(1, 1, "tf32"), _geometry(2, 1, "tf32")
+    forward = functools.partial(conv.conv2d, x, w, t(256), then="relu", norm=norm)
+    yield "forward", kernel, functools.partial(forward, x, **once)
+    yield "forward, NCHW", kernel, functools.partial(forward, planes, **once)
+    yield "forward, stride 2", kernel, functools.partial(forward, half, **twice)
+    yield "input grad", kernel, functools.partial(conv.conv2d_input_grad, x, w, x, **once)
+    yield "input grad, stride 2", kernel, functools.partial(conv.conv2d_input_grad, half, w, x, **twice)
+    images, y = t(32, 3, 224, 224), t(32, 64, 112, 112).to(memory_format=last)
+    stem = functools.partial(conv.conv2d, images, t(64, 3, 7, 7), None, y, **_geometry(2, 3, "tf32"))
+    yield "forward, first layer", kernel, stem
+    thin = t(32, 16, 56, 56).to(memory_format=last)
+    call = functools.partial(conv.conv2d, thin, t(16, 16, 3, 3).to(memory_format=last), None, thin, **once)
+    yield "forward, 16 channels", kernel, call
+
+
+def _box_weight_grad_calls(dtype: torch.dtype) -> Iterator[Call]:
+    t, last, kernel = _maker(dtype), torch.channels_last, "_conv_box_weight_grad_kernel"
+    w = t(256, 256, 3, 3).to(memory_format=last)
+    x, half = (t(32, 256, size, size).to(memory_format=last) for size in (56, 28))
+    odd = t(1, 256, 55, 57).to(memory_format=last)
+    for name, dz, image, stride in (("", x, x, 1), (", stride 2", half, x, 2), (", over the edge", odd, odd, 1)):
+        call = functools.partial(conv.conv2d_weight_grad, dz, image, w, **_geometry(stride, 1, "tf32"))
+        yield f"weight grad{name}", kernel, call
+
+
+def _depthwise_calls(dtype: torch.dtype) -> Iterator[Call]:
+    t = _maker(dtype)
+    for layout, format in (("channels_last", torch.channels_last), ("NCHW", torch.contiguous_format)):
+        for size, stride in ((3, 1), (3, 2), (7, 1)):
+            geometry = _geometry(stride, size // 2, "ieee", groups=256)
+            x, y = (t(32, 256, n, n).to(memory_format=format) for n in (56, 56 // stride))
+            w, name = t(256, 1, size, size), f"{size}x{size} stride {stride} {layout}"
+            kernel, gradient = "_depthwise_kernel", "_depthwise_weight_grad_kernel"
+            forward = functools.partial(conv.conv2d, x, w, t(256), y, then="relu", **geometry)
+            yield f"depthwise {name}", kernel, forward
+            yield f"depthwise input grad {name}", kernel, functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
+            call = functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
+            yield f"depthwise weight grad {name}", gradient, call
+
+
+def _conversion_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for channels in (256, 48, 16, 8):
+        x = _maker(dtype)(32, channels, 56, 56)
+        yield f"to channels_last {channels}", "_channels_last_kernel", functools.partial(conv_box.channels_last, x)
+    images = _maker(dtype)(32, 3, 224, 224)
+    copy = functools.partial(conv_box.channels_last, images, pitch=4, size=(224, 240), left=3)
+    yield "to channels_last, first layer", "_channels_last_kernel", copy
 
 
 def _memory_cases() -> Iterator[Case]:
@@ -187,6 +270,8 @@ _ARITHMETIC = {torch.float16: "16", torch.bfloat16: "16", torch.float32: "ieee",
 
 
 def _memory_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object], Work | None]]:
+    for call in (*_depthwise_calls(dtype), *_conversion_calls(dtype)):
+        yield (*call, None)
     t, accumulate = _maker(dtype), torch.promote_types(dtype, torch.float32)
     x = t(4096, 4096)
     relu = functools.partial(_work, "ReLU", torch.nn.ReLU, x)
@@ -222,13 +307,18 @@ def _memory_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], o
 @functools.cache
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
-    every = (*_product_cases(target), *_descriptor_cases(target), *_memory_cases())
+    every = (*_product_cases(target), *_descriptor_cases(target), *_box_cases(), *_memory_cases())
     narrow = [case for case in every if target in case.targets]
     return narrow + [
         dataclasses.replace(case, wide=True)
         for case in narrow
         if case.dtype in (torch.bfloat16, torch.float32)
-        and (not case.force or "/gather" in case.name or ("tma" in case.name and "shared" not in case.name))
+        and (
+            not case.force
+            or "/gather" in case.name
+            or ("tma" in case.name and "shared" not in case.name)
+            or ("box" in case.force and "/large" not in case.name)
+        )
     ]
 
 

@@ -4,12 +4,17 @@ Fusion is data. An activation's class declares `pointwise`, its record; a layer'
 epilogue declares `forward_fused(input, [(layer, record or None), ...])` and `chains`, whether it takes more than one
 stage. N + M declarations, no table of pairs. Only a class that declares them itself counts, so a user's subclass is
 never fused by accident.
+
+Two declarations more, for images. `normalizes`: the class of torch's whose layer, where it only applies its running
+statistics, is taken into the epilogue too. `carry(input, layers)`: what to tell each of several layers in a row, of whose
+results in between nobody sees the memory format.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,36 +28,51 @@ _PATCHED = frozenset({"forward", "_conv_forward"})
 """Methods that people replace on a single instance."""
 
 
+@dataclass
+class _Part:
+    """Layers that run as one kernel, or as one function for autograd."""
+
+    stages: list[tuple[torch.nn.Module, Any]] = field(default_factory=list)
+    members: list[torch.nn.Module] = field(default_factory=list)
+    norm: torch.nn.Module | None = None
+
+
 def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
     """The steps that compute the modules in order. Made anew at every call: hooks come and go."""
     steps: list[Step] = []
     producer: Any = None  # the class of the run of layers being gathered
-    stages: list[tuple[torch.nn.Module, Any]] = []
-    members: list[torch.nn.Module] = []
+    parts: list[_Part] = []
 
     def close() -> None:
-        nonlocal producer, stages, members
-        if len(members) > 1:
-            steps.append(functools.partial(_run, producer, stages, members))
+        nonlocal producer, parts
+        if sum(len(part.members) for part in parts) > 1:
+            steps.append(functools.partial(_run, producer, parts))
         else:
-            steps.extend(members)
-        producer, stages, members = None, [], []
+            steps.extend(member for part in parts for member in part.members)
+        producer, parts = None, []
 
     everyone_is_watched = _torch._has_any_global_hook()
     for module in modules:
         declared = vars(type(module))
         record = declared.get("pointwise")
-        fuses = record is not None or "forward_fused" in declared
+        norm = producer is not None and _normalizes(producer, module)
+        fuses = norm or record is not None or "forward_fused" in declared
         alone = everyone_is_watched or not fuses or _is_watched(module)
-        if not alone and producer and record and record.saves == "output" and stages[-1][1] is None:
-            stages[-1] = (stages[-1][0], record)
-            members.append(module)
+        open_ended = not alone and producer is not None and parts[-1].stages[-1][1] is None
+        if open_ended and record and record.saves == "output":
+            parts[-1].stages[-1] = (parts[-1].stages[-1][0], record)
+            parts[-1].members.append(module)
+        elif open_ended and norm and parts[-1].norm is None:
+            parts[-1].norm = module
+            parts[-1].members.append(module)
         elif not alone and "forward_fused" in declared:
-            if producer is not type(module) or not declared["chains"]:
+            if producer is not type(module) or not (declared["chains"] or "carry" in declared):
                 close()
             producer = type(module)
-            stages.append((module, None))
-            members.append(module)
+            if not parts or not declared["chains"]:
+                parts.append(_Part())
+            parts[-1].stages.append((module, None))
+            parts[-1].members.append(module)
         else:
             close()
             steps.append(module)
@@ -60,14 +80,31 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
     return steps
 
 
-def _run(
-    producer: Any, stages: list[tuple[torch.nn.Module, Any]], members: list[torch.nn.Module], input: torch.Tensor
-) -> torch.Tensor:
-    listening = fused(*members)
-    if listening is None:
-        return producer.forward_fused(input, stages)
-    with listening:
-        return producer.forward_fused(input, stages)
+def _run(producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor:
+    hints: list[dict[str, Any]] = [{} for _ in parts]
+    if len(parts) > 1:
+        hints = producer.carry(input, [part.stages[0][0] for part in parts])
+    for part, hint in zip(parts, hints, strict=True):
+        if part.norm is not None:
+            hint = hint | {"norm": part.norm}
+        listening = fused(*part.members)
+        if listening is None:
+            input = producer.forward_fused(input, part.stages, **hint)
+        else:
+            with listening:
+                input = producer.forward_fused(input, part.stages, **hint)
+    return input
+
+
+def _normalizes(producer: Any, module: Any) -> bool:
+    """Whether the module only applies running statistics now, and nobody asks for gradients through them."""
+    return (
+        type(module) is vars(producer).get("normalizes")
+        and not module.training
+        and module.running_mean is not None
+        and module.running_var is not None
+        and not torch.is_grad_enabled()
+    )
 
 
 def _is_watched(module: torch.nn.Module) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 import torch.nn.functional as _torch
 from torch.nn.functional import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
-from .ops.conv import conv2d, conv2d_then  # noqa: F401
+from .ops.conv import conv2d, conv2d_formats, conv2d_then  # noqa: F401
 from .ops.linear import linear, linear_chain  # noqa: F401
 from .ops.pointwise import relu  # noqa: F401
 from .ops.softmax import softmax  # noqa: F401
 
-_OURS = {"conv2d", "conv2d_then", "linear", "linear_chain", "relu", "softmax"}
+_OURS = {"conv2d", "conv2d_formats", "conv2d_then", "linear", "linear_chain", "relu", "softmax"}
 __all__ = sorted(_OURS | {n for n in dir(_torch) if not n.startswith("_")})  # pyright: ignore[reportUnsupportedDunderAll]
 
 

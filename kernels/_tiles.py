@@ -98,6 +98,31 @@ _PRODUCT_ON = {
     "sm_100": {("16", "large"): Tile(128, 256, 64, warps=8, stages=3)},
 }
 
+# Convolutions by boxes, on the GPUs that have tiled tensor descriptors (TMA). The one switch: without an architecture's
+# name here, it takes the kernels that load through pointers. m: channels of the result, n: pixels, k: channels summed.
+# In the weight gradient m: channels of x, n: channels of dz, k: pixels.
+BOX_ARCHITECTURES = ("sm_90", "sm_100")
+_BOX = {
+    ("16", "large"): Tile(128, 256, 64, warps=8, stages=4),
+    ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
+    ("16", "narrow"): Tile(64, 128, 64, warps=4, stages=3),
+    ("16", "small"): Tile(64, 64, 64, warps=4, stages=4),
+    ("16", "weight grad"): Tile(128, 128, 64, warps=8, stages=4),
+    ("16", "weight grad, wide"): Tile(128, 256, 64, warps=8, stages=3),
+    ("16", "weight grad, narrow"): Tile(64, 64, 64, warps=4, stages=4),
+    ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=4),
+    ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
+    ("tf32", "narrow"): Tile(64, 128, 32, warps=4, stages=4),
+    ("tf32", "small"): Tile(64, 64, 32, warps=4, stages=4),
+    ("tf32", "weight grad"): Tile(128, 64, 32, warps=8, stages=3),
+    ("tf32", "weight grad, narrow"): Tile(64, 64, 32, warps=4, stages=3),
+}
+_CHANNELS_LAST = {pitch: Tile(4096 // pitch, pitch, warps=8) for pitch in (1, 2, 4, 8, 16, 32, 64)}
+
+# Depthwise convolutions: m pixels, n channels; elements in a tile, by bytes of an element. In NCHW neighbouring threads
+# must take neighbouring pixels, so n is 1, and every element has an address of its own.
+_DEPTHWISE_CHANNELS_LAST = {2: 2048, 4: 1024, 8: 512}
+_DEPTHWISE_NCHW = 256
 
 # The interpreter pays per program and per step, not per element: few, large tiles.
 _INTERPRETER = Tile(128, 128, 128)
@@ -427,6 +452,102 @@ def conv_weight_grad(
         tile = products(device.architecture)[_arithmetic(dtype, precision), "small" if vectors else "gather"]
     programs = cdiv(channels, tile.m) * cdiv(columns, tile.n) * groups
     return tile, _splits(programs, cdiv(pixels, tile.k), device)
+
+
+# --- convolution by boxes ------------------------------------------------------------------------------------------------
+
+
+def takes_boxes(dtype: torch.dtype, precision: str, device: Device) -> bool:
+    """Whether convolutions of this kind load through tiled tensor descriptors. Not strict float32 nor float64, which
+    compile to a stack of kilobytes behind descriptors."""
+    if "box" in forced:
+        return True
+    return device.architecture in BOX_ARCHITECTURES and _arithmetic(dtype, precision) in ("16", "tf32")
+
+
+@functools.lru_cache(maxsize=4096)
+def box(pixels: int, images: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The box of so many pixels (a power of two), in images, rows and columns, that covers `images` (N, H, W) with the
+    least waste; of equals the widest, then the highest."""
+    n, h, w = images
+    sizes = [1 << i for i in range(pixels.bit_length())]
+    boxes = [(pixels // (high * wide), high, wide) for wide in sizes for high in sizes if high * wide <= pixels]
+    return min(boxes, key=lambda b: (cdiv(n, b[0]) * cdiv(h, b[1]) * cdiv(w, b[2]), -b[2], -b[1]))
+
+
+def conv_box(
+    channels: int,
+    depth: int,
+    images: tuple[int, int, int],
+    copies: int,
+    reach: int | None,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    *,
+    wide: bool,
+) -> tuple[Tile, tuple[int, int, int]]:
+    """Tile and box for `copies` convolutions to `channels` channels of `images` (N, H, W), each a sum over taps and `depth`
+    channels. `reach`: a step must divide this many channels, because other ones follow. `wide`: the result needs offsets
+    of 64 bits, for which the large tile has no registers left."""
+    if "box" in forced:
+        tile = forced["box"]
+    else:
+        kind = _arithmetic(dtype, precision)
+        pixels = images[0] * images[1] * images[2]
+        for size in (("medium",) if wide else ("large", "medium")) if channels > 64 else ("narrow",):
+            tile = _BOX[kind, size]
+            if 4 * copies * cdiv(channels, tile.m) * cdiv(pixels, tile.n) >= 3 * device.multiprocessors:
+                break
+        else:
+            tile = _BOX[kind, "small"]
+    k = tile.k
+    while k > 16 and (k >= 2 * depth if reach is None else reach % k):
+        k //= 2
+    return replace(tile, k=k), box(tile.n, images)
+
+
+def conv_box_weight_grad(
+    c: int, o: int, images: tuple[int, int, int], copies: int, dtype: torch.dtype, precision: str, device: Device
+) -> tuple[Tile, tuple[int, int, int], int]:
+    """Tile, box and shares of the pixels for `copies` (taps, groups) weight gradients (c, pixels) @ (pixels, o)."""
+    if "box" in forced:
+        tile = forced["box"]
+    else:
+        kind = _arithmetic(dtype, precision)
+        size = ", narrow" if min(c, o) <= 64 else ", wide" if kind == "16" and o % 256 == 0 else ""
+        tile = _BOX[kind, f"weight grad{size}"]
+    shape = box(tile.k, images)
+    steps = cdiv(images[0], shape[0]) * cdiv(images[1], shape[1]) * cdiv(images[2], shape[2])
+    programs = cdiv(c, tile.m) * cdiv(o, tile.n) * copies
+    return tile, shape, _splits(programs, steps, device)
+
+
+def depthwise(channels: int, dtype: torch.dtype, *, channels_last: bool) -> Tile:
+    """(m pixels, n channels) at a time."""
+    if "depthwise" in forced:
+        return forced["depthwise"]
+    if not channels_last:
+        return Tile(_DEPTHWISE_NCHW, 1)
+    n = min(64, 1 << (channels - 1).bit_length())
+    return Tile(_DEPTHWISE_CHANNELS_LAST[dtype.itemsize] // n, n)
+
+
+def depthwise_weight_grad(
+    channels: int, pixels: int, r: int, s: int, dtype: torch.dtype, device: Device, *, channels_last: bool
+) -> tuple[Tile, int]:
+    """(m pixels, n channels, k >= s taps) at a time, and the number of shares of the pixels: several programs for every
+    multiprocessor, with at least eight steps each."""
+    tile = depthwise(channels, dtype, channels_last=channels_last)
+    taps = 1 << (s - 1).bit_length()
+    tile = replace(tile, m=max(1, 2 * tile.m // taps), k=taps)
+    programs = r * cdiv(channels, tile.n)
+    return tile, max(1, min(cdiv(8 * device.multiprocessors, programs), cdiv(pixels, 8 * tile.m)))
+
+
+def channels_last(pitch: int) -> Tile:
+    """(m pixels, n channels) at a time for a copy to channels_last."""
+    return forced.get("channels_last", _CHANNELS_LAST[min(64, 1 << (pitch - 1).bit_length())])
 
 
 def pointwise() -> Tile:

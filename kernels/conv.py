@@ -10,29 +10,47 @@ channels_last and any slice of either are the same kernel. A 1x1 convolution who
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from . import _launch, _tiles, epilogues
+from . import _launch, _tiles, conv_box, conv_depthwise, epilogues
+from .conv_box import first_tap
 from .matmul import matmul
 from .reduce import activation_grad, sum_partials
+
+_TAPS = 62
+"""So many taps have a bit each in `_valid_taps`."""
+
+
+@triton.jit
+def _valid_taps(inside, h, w, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
+    """For each pixel a word whose bit r*S + s says whether (h + r*STEP_H, w + s*STEP_W) lies in the image (H, W)."""
+    row = tl.zeros(h.shape, tl.int64 if R * S > 31 else tl.int32)
+    for s in tl.static_range(S):
+        row |= ((w + s * STEP_W >= 0) & (w + s * STEP_W < W)).to(row.dtype) << s
+    valid = tl.zeros(h.shape, row.dtype)
+    for r in tl.static_range(R):
+        valid |= tl.where(inside & (h + r * STEP_H >= 0) & (h + r * STEP_H < H), row << (r * S), 0)
+    return valid
 
 
 @triton.jit
 def _conv_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
     PIXELS, C, H, W, O, OH, OW,
     x_n, x_c, x_h, x_w, w_o, w_c, w_r, w_s, y_n, y_c, y_h, y_w, pad_h, pad_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr, THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    ONE_TAP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    DILATION_W: tl.constexpr, EPS: tl.constexpr, THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, ONE_TAP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of y of TILE_M output pixels by TILE_N channels of one group.
 
-    K runs over (r, s, c), c fastest. With ONE_TAP the channels of a group divide into TILE_K and every step of the loop
-    reads a single tap (r, s); otherwise a step may straddle taps, and each of its columns finds its own.
+    K runs over (r, s, c). With ONE_TAP the channels of a group divide into TILE_K and every step of the loop reads a single
+    tap (r, s) of TILE_K channels: which pixels it meets is known before the loop, one bit for each tap. Otherwise a step may
+    straddle taps, and each of its columns finds its own.
     """
     tiles_m = tl.cdiv(PIXELS, TILE_M)
     tiles_n = tl.cdiv(O, TILE_N)
@@ -57,37 +75,42 @@ def _conv_kernel(
     w_row = (first_o + o) * w_o
 
     accumulator = tl.zeros((TILE_M, TILE_N), ACC)
-    for start in range(0, R * S * C, TILE_K):
-        if ONE_TAP:
-            c = tl.multiple_of(start % C, TILE_K) + k
-            tap = start // C
-        else:
+    if ONE_TAP:
+        valid = _valid_taps(m_inside, h, w, H, W, R, S, DILATION_H, DILATION_W)
+        x_row = x_pixel[:, None] + (k * x_c)[None, :]
+        w_column = (k * w_c)[:, None] + w_row[None, :]
+        for step in range(0, C // TILE_K * (R * S)):
+            tap = step % (R * S)
+            c = step // (R * S) * TILE_K
+            r = tap // S
+            s = tap % S
+            if WIDE:
+                r, s, c = r.to(tl.int64), s.to(tl.int64), c.to(tl.int64)
+            x_tap = x_ptr + (r * DILATION_H * x_h + s * DILATION_W * x_w + c * x_c)
+            w_tap = w_ptr + (r * w_r + s * w_s + c * w_c)
+            a = tl.load(x_tap + x_row, mask=((valid >> tap) & 1 != 0)[:, None], other=0.0)
+            b = tl.load(w_tap + w_column, mask=o_inside[None, :], other=0.0)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        for start in range(0, R * S * C, TILE_K):
             c = (start + k) % C
             tap = (start + k) // C
-        r = tap // S
-        s = tap % S
-        if WIDE:
-            r, s = r.to(tl.int64), s.to(tl.int64)
-        x_tap = r * DILATION_H * x_h + s * DILATION_W * x_w + c * x_c
-        w_tap = r * w_r + s * w_s + c * w_c
-        if ONE_TAP:
-            hit = m_inside & (h + r * DILATION_H >= 0) & (h + r * DILATION_H < H)
-            hit = (hit & (w + s * DILATION_W >= 0) & (w + s * DILATION_W < W))[:, None]
-            w_inside = o_inside[None, :]
-        else:
+            r = tap // S
+            s = tap % S
+            x_tap = r * DILATION_H * x_h + s * DILATION_W * x_w + c * x_c
+            w_tap = r * w_r + s * w_s + c * w_c
             hh = h[:, None] + (r * DILATION_H)[None, :]
             ww = w[:, None] + (s * DILATION_W)[None, :]
             k_inside = r < R
             hit = m_inside[:, None] & k_inside[None, :] & (hh >= 0) & (hh < H) & (ww >= 0) & (ww < W)
+            a = tl.load(x_ptr + (x_pixel[:, None] + x_tap[None, :]), mask=hit, other=0.0)
             w_inside = k_inside[:, None] & o_inside[None, :]
-        a = tl.load(x_ptr + (x_pixel[:, None] + x_tap[None, :]), mask=hit, other=0.0)
-        b = tl.load(w_ptr + (w_tap[:, None] + w_row[None, :]), mask=w_inside, other=0.0)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+            b = tl.load(w_ptr + (w_tap[:, None] + w_row[None, :]), mask=w_inside, other=0.0)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
 
-    if bias_ptr is not None:
-        accumulator += tl.load(bias_ptr + first_o + o, mask=o_inside, other=0.0).to(ACC)[None, :]
-    if THEN is not None:
-        accumulator = THEN(accumulator)
+    accumulator = epilogues.finish(
+        accumulator, first_o + o, o_inside, 1, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, EPS, THEN
+    )  # fmt: skip
     y_pixel = n * y_n + oh * y_h + ow * y_w
     y_channel = (first_o + o) * y_c
     tl.store(
@@ -95,16 +118,6 @@ def _conv_kernel(
         accumulator.to(y_ptr.dtype.element_ty),
         mask=m_inside[:, None] & o_inside[None, :],
     )
-
-
-@triton.jit
-def _first_tap(offset, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr):
-    """The first tap t with (offset - t*DILATION) divisible by STRIDE; TAPS if there is none."""
-    first = TAPS + offset * 0
-    for i in tl.static_range(TAPS):
-        t = TAPS - 1 - i
-        first = tl.where((offset - t * DILATION) % STRIDE == 0, t, first)
-    return first
 
 
 @triton.jit
@@ -149,11 +162,11 @@ def _conv_input_grad_kernel(
     if STRIDE_H == 1:
         first_r = 0
     else:
-        first_r = _first_tap(class_h + pad_h, R, STRIDE_H, DILATION_H)
+        first_r = first_tap(class_h + pad_h, R, STRIDE_H, DILATION_H)
     if STRIDE_W == 1:
         first_s = 0
     else:
-        first_s = _first_tap(class_w + pad_w, S, STRIDE_W, DILATION_W)
+        first_s = first_tap(class_w + pad_w, S, STRIDE_W, DILATION_W)
     taps_h = tl.cdiv(R - first_r, STEP_H)
     taps_w = tl.cdiv(S - first_s, STEP_W)
     # The output pixel that meets the first tap; each further tap of the class lies STEP*DILATION/STRIDE before it.
@@ -166,32 +179,42 @@ def _conv_input_grad_kernel(
     dz_pixel = n * dz_n + oh * dz_h + ow * dz_w
 
     accumulator = tl.zeros((TILE_M, TILE_N), ACC)
-    for start in range(0, taps_h * taps_w * O, TILE_K):
-        if ONE_TAP:
-            o = tl.multiple_of(start % O, TILE_K) + k
-            tap = start // O
-        else:
+    if ONE_TAP:
+        # Bits for as many taps as the largest class has.
+        ROW: tl.constexpr = (S + STEP_W - 1) // STEP_W
+        valid = _valid_taps(m_inside, oh, ow, OH, OW, (R + STEP_H - 1) // STEP_H, ROW, -BACK_H, -BACK_W)
+        dz_row = dz_pixel[:, None] + ((first_o + k) * dz_c)[None, :]
+        w_column = ((first_o + k) * w_o)[:, None] + (c * w_c)[None, :]
+        taps = taps_h * taps_w
+        for step in range(0, O // TILE_K * taps):
+            tap = step % taps
+            o = step // taps * TILE_K
+            i = tap // taps_w
+            j = tap % taps_w
+            bit = i * ROW + j
+            if WIDE:
+                i, j, o = i.to(tl.int64), j.to(tl.int64), o.to(tl.int64)
+            dz_tap = dz_ptr + (o * dz_c - i * BACK_H * dz_h - j * BACK_W * dz_w)
+            w_tap = w_ptr + (o * w_o + (first_r + i * STEP_H) * w_r + (first_s + j * STEP_W) * w_s)
+            a = tl.load(dz_tap + dz_row, mask=((valid >> bit) & 1 != 0)[:, None], other=0.0)
+            b = tl.load(w_tap + w_column, mask=c_inside[None, :], other=0.0)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        for start in range(0, taps_h * taps_w * O, TILE_K):
             o = (start + k) % O
             tap = (start + k) // O
-        i = tap // taps_w
-        j = tap % taps_w
-        if WIDE:
-            i, j = i.to(tl.int64), j.to(tl.int64)
-        dz_tap = (first_o + o) * dz_c - i * BACK_H * dz_h - j * BACK_W * dz_w
-        w_tap = (first_o + o) * w_o + (first_r + i * STEP_H) * w_r + (first_s + j * STEP_W) * w_s
-        if ONE_TAP:
-            hit = m_inside & (oh - i * BACK_H >= 0) & (oh - i * BACK_H < OH)
-            hit = (hit & (ow - j * BACK_W >= 0) & (ow - j * BACK_W < OW))[:, None]
-            w_inside = c_inside[None, :]
-        else:
+            i = tap // taps_w
+            j = tap % taps_w
+            dz_tap = (first_o + o) * dz_c - i * BACK_H * dz_h - j * BACK_W * dz_w
+            w_tap = (first_o + o) * w_o + (first_r + i * STEP_H) * w_r + (first_s + j * STEP_W) * w_s
             p = oh[:, None] - (i * BACK_H)[None, :]
             q = ow[:, None] - (j * BACK_W)[None, :]
             k_inside = i < taps_h
             hit = m_inside[:, None] & k_inside[None, :] & (p >= 0) & (p < OH) & (q >= 0) & (q < OW)
+            a = tl.load(dz_ptr + (dz_pixel[:, None] + dz_tap[None, :]), mask=hit, other=0.0)
             w_inside = k_inside[:, None] & c_inside[None, :]
-        a = tl.load(dz_ptr + (dz_pixel[:, None] + dz_tap[None, :]), mask=hit, other=0.0)
-        b = tl.load(w_ptr + (w_tap[:, None] + (c * w_c)[None, :]), mask=w_inside, other=0.0)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+            b = tl.load(w_ptr + (w_tap[:, None] + (c * w_c)[None, :]), mask=w_inside, other=0.0)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
 
     dx_pixel = n * dx_n + (h * STRIDE_H + class_h) * dx_h + (w * STRIDE_W + class_w) * dx_w
     dx_channel = (first_c + c) * dx_c
@@ -310,8 +333,9 @@ def conv2d(
     groups: int,
     precision: str,
     then: str | None = None,
+    norm: epilogues.Norm | None = None,
 ) -> torch.Tensor:
-    """y = then(conv(x, w) + bias), written into `y`.
+    """y = then(norm(conv(x, w) + bias)), written into `y`.
 
     Shape: x (N, C, H, W), w (O, C/groups, R, S), bias (O,), y (N, O, OH, OW), all with any strides. y's size says how
     far the convolution goes below and to the right: `padding` is what lies above and to the left only.
@@ -320,35 +344,58 @@ def conv2d(
     n, _, height, width = x.shape
     o, c, r, s = w.shape
     oh, ow = y.shape[2:]
-    if _is_pointwise(w, stride, padding, groups):
+    bias = None if bias is None else bias.contiguous()
+    if conv_depthwise.takes(x.shape[1], w, groups):
+        return conv_depthwise.conv2d(
+            x, w, bias, y, stride=stride, padding=padding, dilation=dilation, then=then, norm=norm
+        )
+    if norm is None and _is_pointwise(w, stride, padding, groups):
         a, out = _as_matrix(x), _as_matrix(y)
         if a is not None and out is not None:
             matmul(a, w[:, :, 0, 0].T, bias=bias, then=then, out=out, precision=precision)
             return y
+    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision)
+    if conv_box.conv2d(x, w, bias, y, then=then, norm=norm, **geometry):
+        return y
     pixels, o = n * oh * ow, o // groups
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    bias = None if bias is None else bias.contiguous()
     w = _with_layout_of(x, w)
     wide = _launch.wide(x, w, y)
-    vectors = not wide and c % 64 == 0 and _channels_are_vectors(x, w)
+    one_tap = r * s <= _TAPS
+    vectors = not wide and one_tap and c % 64 == 0 and _channels_are_vectors(x, w)
     tile = _tiles.conv(pixels, o, x.dtype, precision, _tiles.device(x.device), vectors=vectors)
     _launch.launch(
         _conv_kernel, _tiles.cdiv(pixels, tile.m) * _tiles.cdiv(o, tile.n) * groups,
-        x, w, bias, y, pixels, c, height, width, o, oh, ow, *x.stride(), *w.stride(), *y.stride(), *padding,
+        x, w, bias, y, *epilogues.tensors(norm), pixels, c, height, width, o, oh, ow,
+        *x.stride(), *w.stride(), *y.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
-        THEN=epilogues.forward(then), ACC=_tiles.triton_dtype(accumulate), PRECISION=precision,
-        WIDE=wide, ONE_TAP=c % tile.k == 0,
+        EPS=0.0 if norm is None else norm.eps, THEN=epilogues.forward(then),
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, ONE_TAP=one_tap and c % tile.k == 0,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
 
 
+def reads_channels_last(dz: torch.Tensor, w_shape: Sequence[int], precision: str) -> bool:
+    """Whether the gradients of a convolution with this weight (O, C/groups, R, S) are computed from a dz in channels_last,
+    which is copied if it isn't."""
+    channels = w_shape[0] * dz.element_size() % 16 == 0 and w_shape[1] > 1
+    return channels and _tiles.takes_boxes(dz.dtype, precision, _tiles.device(dz.device))
+
+
 def conv2d_output_grad(
-    dy: torch.Tensor, *, undo: tuple[str, torch.Tensor] | None, channel_sums: torch.dtype | None
+    dy: torch.Tensor,
+    *,
+    undo: tuple[str, torch.Tensor] | None,
+    channel_sums: torch.dtype | None,
+    channels_last: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dz = name_grad(dy, saved), with the sums over images and pixels if asked for, in one pass over memory.
 
     Shape: dy and saved (N, O, OH, OW), any strides; the sums (O,).
+
+    Args:
+        channels_last: dz is to be in channels_last, whatever dy is: a single conversion for both kernels that read it.
     """
     n, o, h, w = dy.shape
     images = [dy] if undo is None else [dy, undo[1]]
@@ -358,11 +405,12 @@ def conv2d_output_grad(
         batch, pixels = n, h * w
         images = [image if _rows_follow(image) else image.contiguous() for image in images]
     as_rows = [image.permute(0, 2, 3, 1).reshape(batch, pixels, o) for image in images]
+    out = _launch.empty((batch, pixels, o), dtype=dy.dtype, device=dy.device) if undo and channels_last else None
     dz, sums = activation_grad(
-        as_rows[0], undo=None if undo is None else (undo[0], as_rows[1]), column_sums=channel_sums
+        as_rows[0], undo=None if undo is None else (undo[0], as_rows[1]), out=out, column_sums=channel_sums
     )  # fmt: skip
     if undo is None:
-        return dy, sums
+        return conv_box.channels_last(dy) if channels_last and not conv_box.is_channels_last(dy) else dy, sums
     return dz.view(n, h, w, o).permute(0, 3, 1, 2), sums
 
 
@@ -384,11 +432,18 @@ def conv2d_input_grad(
     n, _, height, width = dx.shape
     o, c, r, s = w.shape
     oh, ow = dz.shape[2:]
+    if conv_depthwise.takes(dz.shape[1], w, groups):
+        return conv_depthwise.conv2d(
+            dz, w, None, dx, stride=stride, padding=padding, dilation=dilation, input_grad=True
+        )
     if _is_pointwise(w, stride, padding, groups):
         a, out = _as_matrix(dz), _as_matrix(dx)
         if a is not None and out is not None:
             matmul(a, w[:, :, 0, 0], out=out, precision=precision)
             return dx
+    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision)
+    if conv_box.conv2d_input_grad(dz, w, dx, **geometry):
+        return dx
     o = o // groups
     classes = stride[0] * stride[1]
     # The largest class: its tiles are what every class is given.
@@ -396,14 +451,15 @@ def conv2d_input_grad(
     accumulate = torch.promote_types(dz.dtype, torch.float32)
     w = _with_layout_of(dz, w)
     wide = _launch.wide(dz, w, dx)
-    vectors = not wide and o % 64 == 0 and _channels_are_vectors(dz, w)
+    one_tap = r * s <= _TAPS
+    vectors = not wide and one_tap and o % 64 == 0 and _channels_are_vectors(dz, w)
     tile = _tiles.conv(pixels, c, dz.dtype, precision, _tiles.device(dz.device), vectors=vectors)
     _launch.launch(
         _conv_input_grad_kernel, _tiles.cdiv(pixels, tile.m) * _tiles.cdiv(c, tile.n) * classes * groups,
         dz, w, dx, n, c, height, width, o, oh, ow, *dz.stride(), *w.stride(), *dx.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
-        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, ONE_TAP=o % tile.k == 0,
+        ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, ONE_TAP=one_tap and o % tile.k == 0,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dx
@@ -427,11 +483,16 @@ def conv2d_weight_grad(
     n, _, height, width = x.shape
     o, c, r, s = dw.shape
     oh, ow = dz.shape[2:]
+    if conv_depthwise.takes(x.shape[1], dw, groups):
+        return conv_depthwise.conv2d_weight_grad(dz, x, dw, stride=stride, padding=padding, dilation=dilation)
     if _is_pointwise(dw, stride, padding, groups):
         a, b = _as_matrix(dz), _as_matrix(x)
         if a is not None and b is not None:
             matmul(a.T, b, out=dw.as_strided((o, c), dw.stride()[:2]), precision=precision)
             return dw
+    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision)
+    if conv_box.conv2d_weight_grad(dz, x, dw, **geometry):
+        return dw
     o = o // groups
     pixels, columns = n * oh * ow, r * s * c
     accumulate = torch.promote_types(x.dtype, torch.float32)

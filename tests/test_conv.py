@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ import torch.nn.functional as F
 
 import fastlayers
 import fastlayers.functional as FL
+from fastlayers import nn
 from fastlayers.kernels import _launch, _tiles
+from fastlayers.kernels import conv as kernels
 from fastlayers.kernels._tiles import Device, Tile
 from fastlayers.ops.conv import _is_channels_last
+from fastlayers.testing import assert_within_budget, neighbours
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 r = torch.randn
@@ -64,6 +69,15 @@ def test_one_tap_per_step(channels: int, device: torch.device) -> None:
     for format in (torch.contiguous_format, torch.channels_last):
         w = r(channels, channels, 3, 3, device=device)
         check(x.to(memory_format=format), w, r(channels, device=device), padding=1, stride=(1, 2))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_more_taps_than_fit_a_word(wide: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit for each tap, in 32 or 64 of them, or none."""
+    monkeypatch.setattr(_launch, "wide", lambda *tensors: wide)
+    for kernel in ((4, 8), (7, 9)):
+        x, w = r(1, 16, 3, 4, device=device), r(16, 16, *kernel, device=device)
+        check(x, w, None, padding=(3, 4), stride=(2, 1))
 
 
 def test_pixels_spread_over_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +156,208 @@ def test_bad_input(case: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         FL.conv2d(*args, **kwargs)
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched so far."""
+    names: list[str] = []
+    launch = _launch.launch
+
+    def watch(kernel: Any, *args: Any, **meta: Any) -> None:
+        names.append(getattr(kernel, "__name__", None) or kernel.fn.__name__)
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(_launch, "launch", watch)
+    return names
+
+
+@pytest.fixture
+def boxes(launched: list[str]) -> Iterator[None]:
+    """Every convolution of the test runs through descriptors, in tiles that small images don't fill."""
+    with _tiles.force(box=Tile(16, 32, 16)):
+        yield
+    assert launched
+    assert not {"_conv_kernel", "_conv_input_grad_kernel", "_conv_weight_grad_kernel"} & set(launched)
+
+
+def last(*shape: int) -> torch.Tensor:
+    return r(shape).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "padding", "size"),
+    [
+        ((1, 1), (1, 1), 1, 1, (5, 3)),
+        ((1, 1), (2, 2), 1, 0, (5, 4)),
+        ((1, 1), (3, 2), 1, 1, (7, 4)),
+        ((2, 3), (1, 1), 1, (0, 1), (5, 6)),
+        ((3, 3), (1, 1), 1, 1, (7, 5)),
+        ((3, 3), (1, 1), 2, 2, (5, 7)),
+        ((3, 3), (2, 2), 1, 1, (6, 8)),
+        ((3, 3), (2, 2), 1, 1, (7, 5)),
+        ((3, 2), (2, 1), (2, 1), (2, 0), (8, 5)),
+        ((3, 3), (3, 3), 1, 0, (9, 6)),
+        ((4, 4), (2, 3), 1, (2, 1), (7, 9)),
+        ((5, 1), (3, 1), (2, 1), (4, 0), (10, 3)),
+        ((1, 5), (1, 2), (1, 3), (0, 6), (2, 9)),
+        ((7, 7), (2, 2), 1, 3, (6, 6)),
+    ],
+)
+@pytest.mark.usefixtures("boxes")
+def test_boxes(
+    kernel: tuple[int, int], stride: Any, dilation: Any, padding: Any, size: tuple[int, int], device: torch.device
+) -> None:
+    """Taps before and after the image, phases, images that don't fill a phase; channels that don't fill a tile."""
+    check(
+        last(1, 18, *size).to(device), last(17, 18, *kernel).to(device), r(17, device=device),
+        stride=stride, dilation=dilation, padding=padding,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("i", range(len(FORMATS)))
+@pytest.mark.usefixtures("boxes")
+def test_boxes_in_any_memory_format(i: int, device: torch.device) -> None:
+    """What a descriptor can't read is copied to where it can; the result has torch's strides."""
+    for shape, stride in (((3, 16, 4, 6), 1), ((2, 5, 4, 3), 2)):
+        x = FORMATS[i](*shape).to(device)
+        check(x, r(4, shape[1], 2, 2, device=device), None, stride=stride, padding=1)
+
+
+@pytest.mark.usefixtures("boxes")
+def test_boxes_in_groups(device: torch.device) -> None:
+    """Steps of the sum keep to their group."""
+    for stride in (1, 2):
+        check(
+            last(1, 32, 4, 4).to(device), last(32, 16, 3, 3).to(device), r(32, device=device),
+            groups=2, stride=stride, padding=1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "size"),
+    [(3, 7, 2, (9, 12)), (3, 3, 1, (5, 6)), (1, 5, (1, 2), (7, 5)), (1, (1, 3), 3, (4, 9))],
+)
+def test_few_channels(
+    channels: int, kernel: Any, stride: Any, size: tuple[int, int], launched: list[str], device: torch.device
+) -> None:
+    """The first layer: a row of taps is one step, in an image whose pixels overlap. In 16 bits, where a pixel of three
+    channels is no vector."""
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    x, w = r(2, channels, *size, device=device).half(), r(5, channels, *kernel, device=device).half()
+    geometry = dict(stride=stride, padding=(kernel[0] // 2, kernel[1] // 2))
+    with _tiles.force(box=Tile(16, 64, 32)):
+        within_budget(x, w, r(5, device=device).half(), **geometry)
+    assert "_conv_kernel" not in launched
+    assert "_conv_weight_grad_kernel" not in launched
+
+
+def within_budget(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, **geometry: Any) -> None:
+    """Result and gradients against torch in float64, within the budget of their dtype."""
+    inputs = [t for t in (x, w, b) if t is not None]
+    dy = torch.randn_like(F.conv2d(*inputs, **geometry))
+    results = []
+    for conv, dtype in ((FL.conv2d, x.dtype), (F.conv2d, x.dtype), (F.conv2d, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        y = conv(*leaves, **geometry)
+        results.append([y, *torch.autograd.grad(y, leaves, dy.to(dtype))])
+    for ours, torchs, exact in zip(*results, strict=True):
+        assert_within_budget(ours, torchs, exact)
+    assert results[0][0].stride() == results[1][0].stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("boxes")
+def test_boxes_in_16_bits(dtype: torch.dtype, device: torch.device) -> None:
+    x, w, b = last(1, 24, 6, 5).to(device, dtype), last(20, 24, 3, 3).to(device, dtype), r(20, device=device).to(dtype)
+    within_budget(x, w, b, padding=1)
+    within_budget(x, w, b, padding=1, stride=(2, 1))
+
+
+@pytest.mark.usefixtures("boxes")
+def test_boxes_keep_infinities_where_they_are(device: torch.device) -> None:
+    """What a box or a step reads too much is never multiplied, not even by zero."""
+    for stride, dilation in ((1, 1), (2, 1), (1, 2)):
+        x, w = last(1, 18, 5, 7).to(device), last(17, 18, 3, 3).to(device)
+        x[0, 3, 2, 2] = x[0, 17, 4, 6] = x[0, 0, 0, 0] = float("inf")
+        results = []
+        for conv in (FL.conv2d, F.conv2d):
+            leaf = w.clone().requires_grad_()
+            y = conv(x, leaf, None, stride, 1, dilation)
+            results.append([y, *torch.autograd.grad(y, leaf, torch.ones_like(y))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+    w[1, 2, 0, 0] = float("inf")
+    y, z = (conv(x.nan_to_num(posinf=1), w, padding=0) for conv in (FL.conv2d, F.conv2d))
+    torch.testing.assert_close(y, z, equal_nan=True)
+
+
+@pytest.mark.usefixtures("boxes")
+def test_boxes_shared_out(device: torch.device, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    """A weight gradient over several programs, each with some of the boxes."""
+    monkeypatch.setattr(_tiles, "device", lambda device: Device("sm_90", 24))
+    check(last(3, 2, 16, 16).to(device), last(4, 2, 2, 2).to(device), None)
+    assert launched.count("_sum_partials_kernel") == 1
+
+
+def test_a_box_wastes_little() -> None:
+    for pixels, n, h, w in itertools.product(
+        (64, 128, 256), (1, 7, 256), (1, 7, 14, 28, 55, 56, 112, 224), (7, 56, 57)
+    ):
+        images, high, wide = _tiles.box(pixels, (n, h, w))
+        assert images * high * wide == pixels
+        covered = -(-n // images) * images * -(-h // high) * high * -(-w // wide) * wide
+        assert covered < 2 * max(n * h * w, pixels)
+    assert _tiles.box(256, (256, 56, 56)) == (4, 8, 8)
+    assert _tiles.box(256, (256, 14, 14)) == (64, 2, 2)
+    assert _tiles.box(128, (256, 7, 7)) == (128, 1, 1)
+    assert _tiles.box(128, (1, 128, 128)) == (1, 1, 128)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "padding"),
+    [
+        ((3, 3), (1, 1), (1, 1), 1),
+        ((5, 2), (2, 3), (1, 2), (2, 1)),
+        ((1, 7), (2, 2), (1, 1), (0, 3)),
+        ((3, 3), (3, 2), (2, 2), 2),
+    ],
+)
+def test_depthwise(
+    kernel: tuple[int, int], stride: Any, dilation: Any, padding: Any, format: torch.memory_format, device: torch.device,
+    launched: list[str],
+) -> None:  # fmt: skip
+    x, w = r(2, 6, 7, 8, device=device).to(memory_format=format), r(6, 1, *kernel, device=device)
+    geometry = dict(stride=stride, dilation=dilation, padding=padding, groups=6)
+    with _tiles.force(depthwise=Tile(64, 4)):
+        check(x, w, r(6, device=device), **geometry)
+    within_budget(x.half(), w.half(), None, **geometry)
+    assert {"_depthwise_kernel", "_depthwise_weight_grad_kernel"} < set(launched)
+    assert not [name for name in launched if name.startswith("_conv")]
+
+
+def test_depthwise_shared_out(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tiles, "device", lambda device: Device("sm_90", 2))
+    with _tiles.force(depthwise=Tile(16, 4)):
+        check(last(2, 3, 9, 8).to(device), r(3, 1, 3, 3, device=device), None, groups=3, padding=1)
+
+
+@pytest.mark.parametrize("way", ["pointers", "boxes", "one tap", "depthwise"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_normalised_in_the_epilogue(way: str, dtype: torch.dtype, device: torch.device) -> None:
+    groups, kernel = (6, 3) if way == "depthwise" else (1, 1 if way == "one tap" else 3)
+    x = r(2, 6, 5, 4, device=device, dtype=dtype)
+    w, b = r(6, 6 // groups, kernel, kernel, device=device, dtype=dtype), r(6, device=device, dtype=dtype)
+    mean, var, weight, bias = (t.to(device, dtype) for t in (r(6), r(6).square(), r(6), r(6)))
+    for norm in ((mean, var, weight, bias, 1e-3), (mean, var, None, None, 0.1)):
+        results = []
+        for t in (dtype, torch.float64):
+            y = F.conv2d(x.to(t), w.to(t), b.to(t), groups=groups)
+            results.append(F.batch_norm(y, *[None if n is None else n.to(t) for n in norm[:4]], eps=norm[4]).relu())
+        with _tiles.force(**({"box": Tile(16, 32, 16)} if way == "boxes" else {})):
+            y = FL.conv2d_then(x, w, b, groups=groups, then=nn.ReLU.pointwise, norm=norm)
+        assert_within_budget(y, *results)
+
+
 def test_float32_obeys_cudnns_switch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     launch = _launch.launch
@@ -153,3 +369,108 @@ def test_float32_obeys_cudnns_switch(device: torch.device, monkeypatch: pytest.M
         seen.clear()
         layer(x).sum().backward()
         assert {p for p in seen if p} == {value}
+
+
+def pair(make: Any, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same model of our layers and of torch's, with statistics as after some training."""
+    ours, theirs = make(nn).to(device), make(torch.nn).to(device)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def block(space: Any, **norm: Any) -> torch.nn.Module:
+    return space.Sequential(
+        space.Conv2d(2, 4, 3, padding=1, bias=False), space.BatchNorm2d(4, **norm), space.ReLU(),
+        space.Conv2d(4, 3, 1), space.BatchNorm2d(3, **norm),
+    )  # fmt: skip
+
+
+def layers(model: torch.nn.Module, x: torch.Tensor) -> list[str]:
+    with fastlayers.policy("auto"):
+        return [decision.module for decision in fastlayers.explain(model, x)]
+
+
+def test_batch_norm_in_eval_is_part_of_the_convolution(device: torch.device) -> None:
+    ours, theirs = pair(block, device)
+    x = r(2, 2, 4, 5, device=device)
+    ours.eval()
+    theirs.eval()
+    exact = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        assert layers(ours, x) == ["0 + 1 + 2", "3 + 4"]
+        assert_within_budget(ours(x), [theirs(t) for (t,) in neighbours(x)], exact(x.double()))
+        # Nothing is remembered: statistics edited, loaded, or updated in training count at once.
+        ours[1].running_mean.add_(1)
+        theirs[1].running_mean.add_(1)
+        ours[4].eps = theirs[4].eps = 0.5
+        torch.testing.assert_close(ours(x), theirs(x))
+        ours[1].weight.data = theirs[1].weight.data = r(4, device=device)
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert layers(ours, x) == ["0", "1", "2", "3", "4"], "gradients"
+
+
+def test_batch_norm_keeps_to_itself_where_it_would_show(device: torch.device) -> None:
+    class Mine(torch.nn.BatchNorm2d):
+        pass
+
+    x = r(2, 2, 4, 5, device=device)
+    separate = ["0", "1", "2"]
+    with torch.no_grad():
+        ours, theirs = pair(block, device)
+        assert layers(ours, x)[:3] == separate, "training"
+        theirs(x)
+        with fastlayers.policy("auto"):
+            torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+        ours.eval()
+        handle = ours[1].register_forward_hook(lambda *_: None)
+        assert layers(ours, x)[:3] == separate, "a hook"
+        handle.remove()
+        assert layers(ours, x)[0] == "0 + 1 + 2"
+        norm = Mine(4).to(device).eval()
+        for other in (norm, torch.nn.BatchNorm2d(4, track_running_stats=False).to(device).eval()):
+            ours[1] = other
+            assert layers(ours, x)[:3] == separate
+        ours[1] = torch.nn.BatchNorm2d(5).to(device).eval()
+        with fastlayers.policy("auto"), pytest.raises(RuntimeError):
+            ours(x)
+
+
+def three(space: Any) -> torch.nn.Module:
+    return space.Sequential(
+        space.Conv2d(2, 3, 3, padding=1), space.ReLU(), space.Conv2d(3, 5, 2), space.Conv2d(5, 4, 1), space.ReLU()
+    )
+
+
+def test_between_convolutions_images_stay_in_channels_last(
+    device: torch.device, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCHW comes in and goes out; it is converted once. Results, gradients and strides are torch's."""
+    formats = []
+    conv2d = kernels.conv2d
+    monkeypatch.setattr(
+        kernels, "conv2d", lambda x, *a, **k: (formats.append(_is_channels_last(x)), conv2d(x, *a, **k))[1]
+    )
+    ours, theirs = pair(three, device)
+    for x in (r(2, 2, 4, 5, device=device), last(2, 2, 4, 5).to(device)):
+        for weight in (torch.contiguous_format, torch.channels_last):
+            ours[2].weight.data = ours[2].weight.data.contiguous(memory_format=weight)
+            theirs[2].weight.data = theirs[2].weight.data.contiguous(memory_format=weight)
+            formats.clear()
+            results = []
+            for model in (ours, theirs):
+                leaf = x.clone().requires_grad_()
+                y = model(leaf)
+                results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])])
+            assert formats == [_is_channels_last(x), True, True]
+            assert results[0][0].stride() == results[1][0].stride()
+            torch.testing.assert_close(*results)
+    with fastlayers.policy("torch"):
+        assert ours(r(2, 2, 4, 5, device=device)).is_contiguous(memory_format=torch.channels_last)

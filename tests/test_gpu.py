@@ -228,6 +228,52 @@ def test_shipped_tiles_of_conv2d(
         assert (a - c).norm() <= 2 * (b - c).norm() + torch.finfo(dtype).eps * c.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "geometry"),
+    [
+        # Coordinates before the start of an image and after its end: a box whose corner lies far outside.
+        pytest.param((1, 64, 9, 7), (64, 64, 3, 3), dict(padding=1), id="negative coordinates"),
+        pytest.param((3, 64, 5, 6), (128, 64, 7, 5), dict(padding=(6, 4), dilation=2), id="far outside"),
+        # A view of rank 5, and of several images, none of which may read its neighbour.
+        pytest.param((5, 64, 8, 12), (64, 64, 3, 3), dict(padding=1, stride=2), id="phases"),
+        pytest.param((2, 48, 9, 12), (80, 48, 4, 4), dict(padding=2, stride=3), id="three phases"),
+        pytest.param((2, 64, 7, 9), (64, 64, 3, 3), dict(padding=1, stride=2), id="no whole phases"),
+        # Pixels that overlap, in a row of taps; with stride 2, in phases of rows as well.
+        pytest.param((2, 3, 16, 18), (64, 3, 3, 3), dict(padding=1), id="overlapping"),
+        pytest.param((2, 3, 33, 32), (64, 3, 7, 7), dict(padding=3, stride=2), id="overlapping, phases"),
+        # Channels that fill neither a step of the sum nor a tile.
+        pytest.param((2, 72, 6, 6), (40, 72, 3, 3), dict(padding=1), id="channels"),
+        pytest.param((2, 64, 6, 6), (64, 32, 3, 3), dict(padding=1, groups=2), id="groups"),
+    ],
+)
+def test_descriptors_of_convolutions(
+    x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: dict, dtype: torch.dtype, device: torch.device
+) -> None:
+    """What of tiled tensor descriptors the convolutions rely on, against torch in float64 on the CPU: this is no place for
+    another GPU kernel's opinion. NaN beyond the image shows a read where there should be none."""
+    if _tiles.device(device).architecture not in _tiles.BOX_ARCHITECTURES:
+        pytest.skip("needs a GPU with TMA")
+    n, c, h, w = x_shape
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    around = torch.full((n + 2, h, w, c), float("nan"), device=device, dtype=dtype)
+    x = around[1:-1].permute(0, 3, 1, 2)
+    x.copy_(torch.randn(x_shape, device=device))
+    weight = torch.randn(w_shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    (decision,) = fastlayers.explain(FL.conv2d, *leaves, **geometry)
+    assert any(kernel.startswith("conv_box_kernel") for kernel in decision.kernels)
+    y = FL.conv2d(*leaves, **geometry)
+    dy = torch.randn_like(y)
+    mine = [y, *torch.autograd.grad(y, leaves, dy)]
+    doubles = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
+    exact = F.conv2d(*doubles, **geometry)
+    right = [exact, *torch.autograd.grad(exact, doubles, dy.double().cpu())]
+    eps = 2**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for name, a, b in zip(("y", "dx", "dw"), mine, right, strict=True):
+        assert (a.double().cpu() - b).norm() <= 4 * eps * b.norm(), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("length", [1, 5, 64, 256, 1000, 8192, 32768, 50257, 262144, 1_000_003])
 def test_shipped_tiles_of_softmax(length: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,25 +20,40 @@ class Conv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._conv_forward_then(input, weight, bias, None)
+        return F.conv2d(*self._arguments(input, weight, bias))
 
-    def _conv_forward_then(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: Pointwise | None
-    ) -> torch.Tensor:
+    def _arguments(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        arguments = (input, weight, bias, self.stride, padding, self.dilation, self.groups)
-        return F.conv2d(*arguments) if then is None else F.conv2d_then(*arguments, then=then)
+        return input, weight, bias, self.stride, padding, self.dilation, self.groups
 
     chains = False
+    normalizes = nn.BatchNorm2d
 
     @staticmethod
-    def forward_fused(input: torch.Tensor, stages: Sequence[tuple[Conv2d, Pointwise | None]]) -> torch.Tensor:
-        """A layer and the activation that follows it, in one kernel."""
+    def forward_fused(
+        input: torch.Tensor,
+        stages: Sequence[tuple[Conv2d, Pointwise | None]],
+        *,
+        norm: nn.BatchNorm2d | None = None,
+        channels_last: bool | None = None,
+    ) -> torch.Tensor:
+        """A layer, the batch normalisation that follows it in eval, and an activation, in one kernel."""
         ((layer, then),) = stages
-        return layer._conv_forward_then(input, layer.weight, layer.bias, then)
+        statistics = None
+        if norm is not None:
+            assert norm.running_mean is not None and norm.running_var is not None  # the plan has seen to it
+            statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+        arguments = layer._arguments(input, layer.weight, layer.bias)
+        return F.conv2d_then(*arguments, then=then, norm=statistics, channels_last=channels_last)
+
+    @staticmethod
+    def carry(input: torch.Tensor, layers: Sequence[Conv2d]) -> list[dict[str, Any]]:
+        """channels_last between the layers, and torch's memory format at the end: an image in NCHW is converted once."""
+        formats = F.conv2d_formats(input, [layer.weight for layer in layers])
+        return [{"channels_last": format} for format in formats]
 
 
 class LazyConv2d(nn.LazyConv2d, Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -15,11 +15,13 @@ from .._dispatch import BadInput, accelerated
 from .pointwise import Pointwise
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
-    from ..kernels import _launch
+    from ..kernels import _launch, epilogues
     from ..kernels import conv as kernels
 
 Size = int | Sequence[int]
 Pair = tuple[int, int]
+Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]
+"""Running mean and variance, weight and bias, eps: what torch.nn.functional.batch_norm applies in eval."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,24 @@ def _empty(shape: Sequence[int], like: torch.Tensor, channels_last: bool) -> tor
 
 
 def _forward(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: Pointwise | None, g: _Geometry
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    then: Pointwise | None,
+    g: _Geometry,
+    channels_last: bool | None,
+    norm: Norm | None = None,
 ) -> torch.Tensor:
     size = g.output_size(x.shape[-2:], w.shape[2:])
-    channels_last = x.numel() > 0 and (_is_channels_last(_images(x)) or _is_channels_last(w))
-    if x.is_cuda and x.dtype == torch.float64:
-        channels_last = False  # cuDNN has no NHWC for float64, so torch's result is NCHW
+    if channels_last is None:
+        channels_last = x.numel() > 0 and (_is_channels_last(_images(x)) or _is_channels_last(w))
+        if x.is_cuda and x.dtype == torch.float64:
+            channels_last = False  # cuDNN has no NHWC for float64, so torch's result is NCHW
     y = _empty((*x.shape[:-3], w.shape[0], *size), x, channels_last)
-    name = None if then is None else then.name
-    kernels.conv2d(_images(x), w, b, _images(y), then=name, precision=_dtypes.conv_precision(), **g.arguments())
+    kernels.conv2d(
+        _images(x), w, b, _images(y), then=None if then is None else then.name,
+        norm=None if norm is None else epilogues.Norm(*norm), precision=_dtypes.conv_precision(), **g.arguments(),
+    )  # fmt: skip
     return y
 
 
@@ -110,12 +121,18 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: Pointwise | None, g: _Geometry
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        b: torch.Tensor | None,
+        then: Pointwise | None,
+        g: _Geometry,
+        channels_last: bool | None,
     ) -> torch.Tensor:
-        y = _forward(x, w, b, then, g)
+        y = _forward(x, w, b, then, g, channels_last)
         needs = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        ctx.is_tensor = (True, True, b is not None, False, False)
+        ctx.is_tensor = (True, True, b is not None, False, False, False)
         ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape = then, g, x.shape, w.shape
         ctx.x_channels_last, ctx.w_channels_last = _is_channels_last(_images(x)), _is_channels_last(w)
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None, None if then is None else y)
@@ -124,14 +141,17 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         needs = _dispatch.asked_for(ctx)
         if _dispatch.backward_through_torch(dy):
             return _backward_torch(ctx, dy, needs)
         x, w, y = ctx.saved_tensors
         precision, geometry = _dtypes.conv_precision(), ctx.geometry.arguments()
         undo = None if y is None else (ctx.then.name, _images(y))
-        dz, db = kernels.conv2d_output_grad(_images(dy), undo=undo, channel_sums=dy.dtype if needs[2] else None)
+        dz, db = kernels.conv2d_output_grad(
+            _images(dy), undo=undo, channel_sums=dy.dtype if needs[2] else None,
+            channels_last=(needs[0] or needs[1]) and kernels.reads_channels_last(dy, ctx.w_shape, precision),
+        )  # fmt: skip
         dx = dw = None
         if needs[0]:
             dx = _empty(ctx.x_shape, dy, ctx.x_channels_last or ctx.w_channels_last)
@@ -139,7 +159,7 @@ class _Conv2d(torch.autograd.Function):
         if needs[1]:
             dw = _empty(ctx.w_shape, dy, ctx.w_channels_last)
             kernels.conv2d_weight_grad(dz, _images(x), dw, precision=precision, **geometry)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 def _backward_torch(ctx: Any, dy: torch.Tensor, needs: list[bool]) -> tuple[torch.Tensor | None, ...]:
@@ -164,7 +184,7 @@ def _backward_torch(ctx: Any, dy: torch.Tensor, needs: list[bool]) -> tuple[torc
             if g.padding != g.end:
                 dx = dx.narrow(2, g.padding[0], ctx.x_shape[-2]).narrow(3, g.padding[1], ctx.x_shape[-1])
             dx = dx.reshape(ctx.x_shape)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 def _why_not(
@@ -176,6 +196,8 @@ def _why_not(
     dilation: Size = 1,
     groups: int = 1,
     then: Pointwise | None = None,
+    norm: Norm | None = None,
+    channels_last: bool | None = None,
 ) -> str | None:
     reason = _dispatch.why_not(input, weight, *(() if bias is None else (bias,)), autocast=_probe)
     if reason is not None:
@@ -194,6 +216,22 @@ def _why_not(
         return "a dimension of size 0 other than the batch"
     if min(geometry.output_size(input.shape[-2:], kernel)) < 1:
         return BadInput("a kernel larger than the padded image")
+    return None if norm is None else _why_not_norm(norm, input, weight, bias)
+
+
+def _why_not_norm(norm: Norm, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """What speaks against normalising in the epilogue, of a convolution that nothing else speaks against."""
+    tensors = [t for t in norm[:4] if t is not None]
+    if _dispatch.wants_grad(input, weight, bias, *tensors):
+        return "gradients through a normalisation in the epilogue"
+    dtype = _dtypes.after_autocast(_probe, input)
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"{type(tensor).__name__} is a tensor subclass"
+        if tensor.shape != weight.shape[:1] or not tensor.is_contiguous() or tensor.device != input.device:
+            return BadInput(f"statistics of {tuple(tensor.shape)} on {tensor.device}")
+        if tensor.dtype not in (dtype, torch.float32):
+            return f"statistics of {tensor.dtype} for {dtype}"
     return None
 
 
@@ -210,9 +248,16 @@ def _twin(
     dilation: Size = 1,
     groups: int = 1,
     then: Pointwise | None = None,
+    norm: Norm | None = None,
+    channels_last: bool | None = None,
 ) -> torch.Tensor:
     y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
-    return y if then is None else then.torch(y)
+    if norm is not None:
+        y = F.batch_norm(y, *norm[:4], training=False, eps=norm[4])
+    if then is not None:
+        y = then.torch(y)
+    # The layer before may have left its result in channels_last, where torch's would have been NCHW.
+    return y.contiguous() if channels_last is False else y
 
 
 def _conv2d(
@@ -224,13 +269,15 @@ def _conv2d(
     dilation: Size,
     groups: int,
     then: Pointwise | None,
+    norm: Norm | None,
+    channels_last: bool | None,
 ) -> torch.Tensor:
     geometry = _geometry(weight.shape[2:], stride, padding, dilation, groups)
     x, w, b = _dtypes.autocast(_probe, input, weight, bias)
     assert geometry is not None and x is not None and w is not None  # _why_not has seen to it
     if _dispatch.wants_grad(x, w, b):
-        return _Conv2d.apply(x, w, b, then, geometry)  # type: ignore[return-value]
-    return _forward(x, w, b, then, geometry)
+        return _Conv2d.apply(x, w, b, then, geometry, channels_last)  # type: ignore[return-value]
+    return _forward(x, w, b, then, geometry, channels_last, norm)
 
 
 @accelerated(twin=cast(Any, F.conv2d), why_not=cast(Any, _why_not))
@@ -254,7 +301,7 @@ def conv2d(
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html; implicit matrix product:
         Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759.
     """
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, None)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, None, None, None)
 
 
 @accelerated(twin=_twin, why_not=_why_not)
@@ -267,6 +314,28 @@ def conv2d_then(
     dilation: Size = 1,
     groups: int = 1,
     then: Pointwise | None = None,
+    norm: Norm | None = None,
+    channels_last: bool | None = None,
 ) -> torch.Tensor:
-    """A convolution and the activation that follows it, in one kernel. Everything else as `conv2d`."""
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, then)
+    """A convolution and what follows it, in one kernel. Everything else as `conv2d`.
+
+    Args:
+        then: the activation at the end.
+        norm: a batch normalisation in eval, before the activation; only where no gradients are recorded.
+        channels_last: the result's memory format, where it isn't torch's choice: see `conv2d_formats`.
+    """
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, then, norm, channels_last)
+
+
+def conv2d_formats(input: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[bool | None]:
+    """For convolutions in a row: which results to leave in channels_last so that an NCHW image is converted only once.
+    The last one's is torch's choice; what lies in between nobody sees.
+
+    Shape: input (N, C, H, W) or (C, H, W). None stands for torch's choice.
+    """
+    plain = type(input) is torch.Tensor and input.dim() in (3, 4) and input.numel() > 0
+    # Of a single channel, or in float64, torch's choice isn't passed on from layer to layer.
+    if not plain or input.dtype == torch.float64 or any(w.dim() != 4 or w.shape[0] == 1 for w in weights[:-1]):
+        return [None] * len(weights)
+    chosen = _is_channels_last(_images(input)) or any(_is_channels_last(w) for w in weights)
+    return [*(True for _ in weights[:-1]), chosen]
