@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -101,7 +101,8 @@ def workloads() -> list[Workload]:
 def precision(mode: str) -> Iterator[None]:
     """torch's switches for float32. The older ones, which set the newer ones along, which the kernels read; the other
     way around torch.compile refuses to work."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = mode == "tf32"
     try:
