@@ -63,9 +63,9 @@ class Server:
             [sys.executable, "-c", _START, str(path), str(ROOT)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=path,
         )  # fmt: skip
-        self.where: str = self._ask("where")
+        self.where: str = self.ask("where")
 
-    def _ask(self, *request: Any) -> Any:
+    def ask(self, *request: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -77,21 +77,25 @@ class Server:
             raise RuntimeError(found["failed"])
         return found["answer"]
 
-    def make(self, provider: str, workload: Workload, seed: int) -> dict[str, Any]:
-        """A subject's row, without times."""
-        return self._ask("make", provider, workload.key, seed)
-
-    def sample(self, provider: str) -> clock.Sample:
-        return clock.Sample(*self._ask("sample", provider))
-
     def drop(self) -> None:
         """Forget all subjects."""
-        self._ask("drop")
+        self.ask("drop")
 
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=30)
+
+
+class Remote:
+    """A subject in the other process: as `subject.Subject`, the row without times, then samples."""
+
+    def __init__(self, server: Server, provider: str, workload: Workload, seed: int):
+        self._server, self._provider = server, provider
+        self.row: dict[str, Any] = server.ask("make", provider, workload.key, seed)
+
+    def sample(self) -> clock.Sample:
+        return clock.Sample(*self._server.ask("sample", self._provider))
 
 
 def serve() -> None:

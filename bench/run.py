@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -128,32 +129,20 @@ def measure(
     rows: list[Row] = []
     samplers: dict[str, Callable[[], clock.Sample]] = {}
     reference = Reference(workload, device, seed)
-    for provider in providers:
-        makers: list[tuple[str, Callable[[], Row], Callable[[], clock.Sample] | None]] = []
-        subjects: list[Subject] = []
-
-        def here(provider: Provider = provider, subjects: list[Subject] = subjects) -> Row:
-            subjects.append(Subject(provider, workload, device, seed, reference))
-            return subjects[0].row
-
-        makers.append((provider.name, here, lambda subjects=subjects: subjects[0].sample()))
-        if provider.kind == "ours" and server is not None:
-            name = provider.name
-            makers.append((
-                f"base {name}",
-                lambda name=name: server.make(name, workload, seed),
-                lambda name=name: server.sample(name),
-            ))  # fmt: skip
-        for name, make, sample in makers:
-            row = {**common, "provider": name, "kind": "base" if name.startswith("base ") else provider.kind}
-            try:
-                row |= make()
-                assert sample is not None
-                samplers[name] = sample
-            except Exception as error:  # out of memory, not supported: the others go on
-                row |= {"void": None, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-            rows.append(row)
-    del reference
+    makers: list[tuple[str, str, Callable[[], Subject | base.Remote]]] = []
+    for p in providers:
+        makers.append((p.name, p.kind, functools.partial(Subject, p, workload, device, seed, reference)))
+        if p.kind == "ours" and server is not None:
+            makers.append((f"base {p.name}", "base", functools.partial(base.Remote, server, p.name, workload, seed)))
+    for name, kind, make in makers:
+        row: Row = {**common, "provider": name, "kind": kind, "void": None}
+        try:
+            subject = make()
+            row |= subject.row
+            samplers[name] = subject.sample
+        except Exception as error:  # out of memory, not supported: the others go on
+            row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        rows.append(row)
     taken = clock.round_robin(samplers, seconds * len(samplers))
     after = clock.gpu_state()
     for row in rows:

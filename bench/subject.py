@@ -76,7 +76,7 @@ def make_set(provider: Provider, workload: Workload, device: torch.device, seed:
     x.requires_grad_(not step and workload.direction != "forward")
     if workload.direction == "forward":
         return Set(module, provider.bind(module, workload), x, [])
-    wanted = [*module.parameters()] if step else [x, *module.parameters()]
+    wanted: Tensors = [*module.parameters()] if step else [x, *module.parameters()]
     made = Set(module, provider.bind(module, workload), x, wanted)
     with torch.device("meta"):
         y_shape = workload.make(torch.nn)(torch.empty(workload.shape)).shape
