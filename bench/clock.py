@@ -105,6 +105,11 @@ class Clock:
                 end.record()
                 torch.cuda.synchronize()
                 gpu = start.elapsed_time(end) / self._graph_calls
+        return Sample(gpu, *self.calls())
+
+    def calls(self) -> tuple[float, float]:
+        """Microseconds of wall and of host time, each of one call among a few dozen."""
+        with torch.cuda.stream(self._stream):
             torch.cuda.synchronize()
             begin = time.perf_counter()
             for i in range(self._wall_calls):
@@ -112,7 +117,7 @@ class Clock:
             issued = time.perf_counter()
             torch.cuda.synchronize()
             done = time.perf_counter()
-        return Sample(gpu, 1e6 * (done - begin) / self._wall_calls, 1e6 * (issued - begin) / self._wall_calls)
+        return 1e6 * (done - begin) / self._wall_calls, 1e6 * (issued - begin) / self._wall_calls
 
 
 def round_robin(

@@ -235,8 +235,10 @@ def markdown(results: Results) -> str:
         "## All rows",
         "",
     ]  # fmt: skip
-    headings = ["workload", "provider", "GPU ms (p20-p80)", "wall us (p20-p80)", "host us", "ratio", "wall ratio",
-                "TFLOP/s", "GB/s", "% of roofline", "first call s", "peak MiB", "saved MiB", "error", "torch's error", "note"]  # fmt: skip
+    headings = [
+        "workload", "provider", "GPU ms (p20-p80)", "wall us (p20-p80)", "host us", "ratio", "wall ratio", "TFLOP/s",
+        "GB/s", "% of roofline", "first call s", "peak MiB", "saved MiB", "error", "torch's error", "note",
+    ]  # fmt: skip
 
     def number(row: Row, key: str, form: str) -> str:
         return format(row[key], form) if row.get(key) is not None else "-"

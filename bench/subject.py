@@ -185,3 +185,8 @@ class Subject:
     def sample(self) -> clock.Sample:
         with self._settings():
             return self._clock.sample()
+
+    def calls(self) -> None:
+        """A few dozen calls, and the wait for them."""
+        with self._settings():
+            self._clock.calls()
