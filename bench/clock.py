@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 
+LEAST_ROUNDS, MOST_ROUNDS = 9, 50
+
+
 class Summary(NamedTuple):
     """Median and the percentiles around it."""
 
@@ -127,8 +130,8 @@ def round_robin(
     nine rounds, at most fifty, as many as the seconds allow."""
     samples: dict[str, list[Sample]] = {name: [] for name in subjects}
     begin = now()
-    for done in range(50):
-        if done >= 9 and now() - begin > seconds:
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and now() - begin > seconds:
             break
         for name, sample in subjects.items():
             samples[name].append(sample())

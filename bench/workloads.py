@@ -99,13 +99,14 @@ def workloads() -> list[Workload]:
 
 @contextlib.contextmanager
 def precision(mode: str) -> Iterator[None]:
-    """torch's switches for float32. The older ones, which set the newer ones along, which the kernels read; the other
-    way around torch.compile refuses to work."""
+    """torch's switches for float32. The older ones, which set along the newer ones, which the kernels read; set the other
+    way around, torch.compile finds them at odds and refuses to work. What was there before is read and restored through
+    the newer ones, which can always be read."""
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    before = matmul.fp32_precision, cudnn.conv.fp32_precision
     matmul.allow_tf32 = cudnn.allow_tf32 = mode == "tf32"
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.fp32_precision, cudnn.conv.fp32_precision = before
