@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-
 LEAST_ROUNDS, MOST_ROUNDS = 9, 50
 
 

@@ -173,10 +173,10 @@ def _git(*args: str) -> str:
 
 def environment(argv: list[str]) -> dict[str, Any]:
     """Where and with what a run was made."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
-        "gpu": None if properties is None else properties.name,
-        "multiprocessors": getattr(properties, "multi_processor_count", None),
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "driver": next(iter(clock.query("driver_version")), None),
         "torch": torch.__version__,
@@ -196,7 +196,7 @@ def environment(argv: list[str]) -> dict[str, Any]:
 
 
 def _folder(env: dict[str, Any]) -> Path:
-    gpu = re.sub(r"[^a-z0-9]+", "-", (env["gpu"] or "unknown").lower()).strip("-")
+    gpu = re.sub(r"[^a-z0-9]+", "-", env["gpu"].lower()).strip("-")
     return RESULTS / gpu / f"{env['time'][:16].replace(':', '')}-{env['commit'] or 'unknown'}"
 
 
