@@ -11,7 +11,7 @@ import torch
 from bench import assembly, audit, gpus
 from bench.cases import TARGETS, cases, representative
 
-# cuobjdump's output for products on sm_90 (pointers) and sm_100, and for a softmax, with most of the arithmetic left out.
+# Products on sm_90 (by cuobjdump) and sm_100 (by nvdisasm), and a softmax, with most of the arithmetic left out.
 HOPPER = """
 		Function : _matmul_kernel
         /*1190*/                   ISETP.GE.AND P6, PT, R2, 0x1, PT ;       /* 0x000000010200780c */
@@ -32,20 +32,26 @@ HOPPER = """
 """
 BLACKWELL = """
         /*1fc0*/                   UMOV UR4, 0x1 ;
+.L_x_21:
         /*1fd0*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR16][R8.64] ;
-        /*20d0*/                   BRA.U UP1, 0x22b0 ;
+        /*20d0*/                   BRA.U UP1, `(.L_x_19) ;
         /*2250*/                   UTCHMMA gdesc[UR14], gdesc[UR16], tmem[UR8], tmem[UR42], idesc[UR43], UPT ;
         /*2260*/                   UTCHMMA gdesc[UR30], gdesc[UR32], tmem[UR8], tmem[UR42], idesc[UR43], UPT ;
+.L_x_18:
+.L_x_19:
         /*22b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [UR13], R2 ;
-        /*22c0*/              @!P6 BRA 0x39d0 ;
+        /*22c0*/              @!P6 BRA `(.L_x_20) ;
+.L_x_29:
         /*22d0*/                   UIADD3 UR4, UPT, UPT, UR4, 0x1, URZ ;
-        /*2750*/                   BRA.U !UP3, 0x1fd0 ;
+        /*2750*/                   BRA.U !UP3, `(.L_x_21) ;
         /*2760*/                   STG.E.128 desc[UR16][R2.64], R4 ;
         /*39c0*/                   EXIT ;
+.L_x_20:
         /*39d0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [UR13], R2 ;
-        /*39e0*/              @!P6 BRA 0x39d0 ;
-        /*39f0*/                   BRA 0x22d0 ;
-        /*3a00*/                   BRA 0x3a00;
+        /*39e0*/              @!P6 BRA `(.L_x_20) ;
+        /*39f0*/                   BRA `(.L_x_29) ;
+.L_x_33:
+        /*3a00*/                   BRA `(.L_x_33);
 """
 # A persistent kernel: the loop over tiles holds the loop over steps.
 NESTED = """
