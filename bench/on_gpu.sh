@@ -5,14 +5,15 @@
 #
 # Tests (a third of the time at most), compute-sanitizer over a few of them, then the benchmark, the most telling rows
 # first. Every step writes into RESULTS_DIR as it goes: stopped at any minute, what was done is there. The exit status is
-# 1 if a test failed, if the sanitizer found something, or if nothing could be measured.
+# 1 if a test failed, if the sanitizer found something, or if nothing could be measured. FASTLAYERS_COMMIT names the
+# commit in the results where the copy has no git history.
 set -uo pipefail
 
 minutes=20
 while [[ $# -gt 0 ]]; do
     case $1 in
         --minutes) minutes=$2; shift 2 ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
         -*) echo "on_gpu.sh: unknown option $1" >&2; exit 2 ;;
         *) break ;;
     esac
@@ -39,7 +40,7 @@ note() {
 }
 
 : >"$results/summary.txt"
-note "fastlayers on a GPU: $(date -u +%Y-%m-%dT%H:%MZ), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown), $minutes minutes"
+note "fastlayers on a GPU: $(date -u +%Y-%m-%dT%H:%MZ), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo "${FASTLAYERS_COMMIT:-unknown}"), $minutes minutes"
 
 where=$("$python" -c 'import fastlayers; print(fastlayers.__file__)' 2>"$results/import.log") || {
     note "import: FAILED, $(tail -n 1 "$results/import.log")"

@@ -100,6 +100,12 @@ def _compiled(mode: str, key: str) -> Callable[[Any, torch.Tensor], torch.Tensor
     return torch.compile(lambda module, x: module(x), mode=mode, dynamic=False)
 
 
+def forget() -> None:
+    """What was compiled."""
+    _compiled.cache_clear()
+    torch._dynamo.reset()
+
+
 def _compile(mode: str) -> Bind:
     def bind(module: Any, workload: Workload) -> Forward:
         # Backward is called again and again on one forward.

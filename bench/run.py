@@ -34,7 +34,7 @@ import triton
 from fastlayers.kernels import _launch
 
 from . import base, clock, gpus, report
-from .providers import PROVIDERS, Provider, absent
+from .providers import PROVIDERS, Provider, absent, forget
 from .subject import Reference, Subject
 from .workloads import Workload, workloads
 
@@ -167,8 +167,10 @@ def measure(
 
 def _git(*args: str) -> str:
     command = ["git", "-C", str(base.ROOT), *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+        return ""
 
 
 def environment(argv: list[str]) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def environment(argv: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "host": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "commit": _git("rev-parse", "--short=12", "HEAD") or None,
+        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("FASTLAYERS_COMMIT"),
         "changed": bool(_git("status", "--porcelain")),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "arguments": argv,
@@ -271,7 +273,7 @@ def main(argv: list[str]) -> int:
                     gc.collect()
                     torch.cuda.empty_cache()
                     if tier > 0:
-                        torch._dynamo.reset()
+                        forget()
                 for row in found:
                     row["entry"] = done
                     write(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ class Set:
         return list(self.both())
 
 
+@functools.cache
+def _output_shape(workload: Workload) -> torch.Size:
+    with torch.device("meta"):
+        return workload.make(torch.nn)(torch.empty(workload.shape)).shape
+
+
 def make_set(provider: Provider, workload: Workload, device: torch.device, seed: int, exact: bool = False) -> Set:
     """The same weights and inputs for the same seed, whoever the provider; `exact`: in float64."""
     module = provider.module(workload, device, seed)
@@ -78,14 +85,13 @@ def make_set(provider: Provider, workload: Workload, device: torch.device, seed:
         return Set(module, provider.bind(module, workload), x, [])
     wanted: Tensors = [*module.parameters()] if step else [x, *module.parameters()]
     made = Set(module, provider.bind(module, workload), x, wanted)
-    with torch.device("meta"):
-        y_shape = workload.make(torch.nn)(torch.empty(workload.shape)).shape
+    y_shape = _output_shape(workload)
     if step:
         generator = torch.Generator(device).manual_seed(seed + 2)
         made.dy = torch.randint(y_shape[1:].numel(), y_shape[:1], device=device, generator=generator)
         made.optimizer = torch.optim.SGD(wanted, lr=1e-3)
     else:
-        made.dy = draw(tuple(y_shape), workload.dtype, device, seed + 2).to(x.dtype)
+        made.dy = draw(y_shape, workload.dtype, device, seed + 2).to(x.dtype)
         if provider.channels_last and made.dy.dim() == 4:
             made.dy = made.dy.contiguous(memory_format=torch.channels_last)
     return made
