@@ -2,27 +2,35 @@
 
 from fastlayers import nn                # instead of torch.nn: ours where we have it, torch's otherwise
 import fastlayers.functional as F        # instead of torch.nn.functional
+fastlayers.accelerate(model)             # or: change torch.nn's layers in a model, in place; restore(model) undoes it
 fastlayers.explain(model, x)             # which path did every layer take, and why?
 fastlayers.policy("torch")               # "auto" | "triton" | "torch"
 """
 
 from . import functional, nn
+from ._convert import Conversion, Conversions, accelerate, restore
 from ._dispatch import Decision, Explanation, NotAccelerated, explain, policy
 from ._version import __version__
-from .modules import Conv2d, Linear, ReLU, Sequential, Softmax
+from .modules import Conv2d, LazyConv2d, LazyLinear, Linear, ReLU, Sequential, Softmax
 
 __all__ = [
     "Conv2d",
+    "Conversion",
+    "Conversions",
     "Decision",
     "Explanation",
+    "LazyConv2d",
+    "LazyLinear",
     "Linear",
     "NotAccelerated",
     "ReLU",
     "Sequential",
     "Softmax",
     "__version__",
+    "accelerate",
     "explain",
     "functional",
     "nn",
     "policy",
+    "restore",
 ]

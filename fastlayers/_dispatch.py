@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from . import _dtypes
+from ._table import columns
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -276,11 +277,7 @@ class Explanation:
     def __str__(self) -> str:
         rows = [("layer", "operation", "path", "kernels, or why not")]
         rows += [(d.module or "-", d.op, d.path, d.reason or ", ".join(d.kernels) or "nothing to do") for d in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3]
-            for row in rows
-        )
+        return columns(*rows)
 
 
 @dataclass
@@ -348,9 +345,10 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
         before = len(recorder.decisions)
         with recorder.inside(recorder.names.get(id(self), type(self).__name__)):
             result = call(self, *args, **kwargs)
-            if len(recorder.decisions) == before and not any(True for _ in self.children()):
+            if len(recorder.decisions) == before:  # nothing within was one of ours either
                 name = type(self).__name__
-                recorder.note(Decision(recorder.module, name, "torch", f"{name} is not one of our layers"))
+                torchs = "torch.nn." if type(self).__module__.startswith("torch.nn.") else ""
+                recorder.note(Decision(recorder.module, name, "torch", f"{torchs}{name} is not one of our layers"))
         return result
 
     _recorder = recorder

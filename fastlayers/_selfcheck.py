@@ -28,15 +28,14 @@ LAYERS: dict[str, tuple[Callable[[Any], torch.nn.Module], tuple[int, ...]]] = {
 @contextlib.contextmanager
 def strict_float32() -> Iterator[None]:
     """float32 without TF32, in torch and in the kernels, which read the same switches."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
+    # cuDNN's by its older name, which sets all of its new ones: torch takes badly to a mixture, and torch.export asks.
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision, cudnn.allow_tf32
+    matmul.fp32_precision, cudnn.allow_tf32 = "ieee", False
     try:
         yield
     finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
+        matmul.fp32_precision, cudnn.allow_tf32 = before
 
 
 def device() -> torch.device:

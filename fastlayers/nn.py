@@ -7,7 +7,7 @@ import torch.nn as _torch
 from torch.nn import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from . import functional
-from .modules import Conv2d, Linear, ReLU, Sequential, Softmax  # noqa: F401
+from .modules import Conv2d, LazyConv2d, LazyLinear, Linear, ReLU, Sequential, Softmax  # noqa: F401
 
 __all__ = sorted(n for n in dir(_torch) if not n.startswith("_"))  # pyright: ignore[reportUnsupportedDunderAll]
 

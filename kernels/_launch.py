@@ -35,7 +35,9 @@ def empty(
 
 def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised tensor with torch's own rule for the strides of a pointwise result."""
-    return torch.empty_like(tensor, dtype=dtype)
+    # What is contiguous whatever the strides of its dimensions of size 1 gets ordinary ones.
+    strides = torch.contiguous_format if tensor.is_contiguous() else torch.preserve_format
+    return torch.empty_like(tensor, dtype=dtype, memory_format=strides)
 
 
 def wide(*tensors: torch.Tensor | None) -> bool:

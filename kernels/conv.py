@@ -327,6 +327,7 @@ def conv2d(
             return y
     pixels, o = n * oh * ow, o // groups
     accumulate = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.contiguous()
     w = _with_layout_of(x, w)
     wide = _launch.wide(x, w, y)
     vectors = not wide and c % 64 == 0 and _channels_are_vectors(x, w)

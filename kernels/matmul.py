@@ -99,6 +99,7 @@ def matmul(
         column_sums: also return c.sum(0) in this dtype, added up before c is rounded.
     """
     (m, k), n = a.shape, b.shape[1]
+    bias = None if bias is None else bias.contiguous()
     accumulate = torch.promote_types(a.dtype, torch.float32)
     if out is None:
         out = _launch.empty((m, n), dtype=a.dtype, device=a.device)

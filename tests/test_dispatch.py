@@ -196,7 +196,7 @@ def test_drop_in_namespaces() -> None:
     import fastlayers.nn.functional as from_nn
 
     assert from_nn is FL is nn.functional
-    ours = {"Conv2d", "Linear", "ReLU", "Sequential", "Softmax"}
+    ours = {"Conv2d", "LazyConv2d", "LazyLinear", "Linear", "ReLU", "Sequential", "Softmax"}
     for name in dir(torch.nn):
         if name in ours:
             assert getattr(nn, name) is getattr(fastlayers, name)

@@ -2,7 +2,7 @@
 
 from .activation import ReLU, Softmax
 from .container import Sequential
-from .conv import Conv2d
-from .linear import Linear
+from .conv import Conv2d, LazyConv2d
+from .linear import LazyLinear, Linear
 
-__all__ = ["Conv2d", "Linear", "ReLU", "Sequential", "Softmax"]
+__all__ = ["Conv2d", "LazyConv2d", "LazyLinear", "Linear", "ReLU", "Sequential", "Softmax"]

@@ -38,3 +38,12 @@ class Conv2d(nn.Conv2d):
         """A layer and the activation that follows it, in one kernel."""
         ((layer, then),) = stages
         return layer._conv_forward_then(input, layer.weight, layer.bias, then)
+
+
+class LazyConv2d(nn.LazyConv2d, Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A Conv2d that learns in_channels from its first input, and becomes a `fastlayers.Conv2d`. As torch.nn.LazyConv2d.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyConv2d.html
+    """
+
+    cls_to_become = Conv2d  # type: ignore[assignment]

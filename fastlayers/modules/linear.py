@@ -26,3 +26,12 @@ class Linear(nn.Linear):
     def forward_fused(input: torch.Tensor, stages: Sequence[tuple[Linear, Pointwise | None]]) -> torch.Tensor:
         """Several layers and the activations between them, as one function for autograd."""
         return F.linear_chain(input, [(layer.weight, layer.bias, then) for layer, then in stages])
+
+
+class LazyLinear(nn.LazyLinear, Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A Linear that learns in_features from its first input, and becomes a `fastlayers.Linear`. As torch.nn.LazyLinear.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyLinear.html
+    """
+
+    cls_to_become = Linear  # type: ignore[assignment]

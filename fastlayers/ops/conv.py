@@ -134,7 +134,7 @@ class _Conv2d(torch.autograd.Function):
         dz, db = kernels.conv2d_output_grad(_images(dy), undo=undo, channel_sums=dy.dtype if needs[2] else None)
         dx = dw = None
         if needs[0]:
-            dx = _empty(ctx.x_shape, dy, ctx.x_channels_last)
+            dx = _empty(ctx.x_shape, dy, ctx.x_channels_last or ctx.w_channels_last)
             kernels.conv2d_input_grad(dz, w, _images(dx), precision=precision, **geometry)
         if needs[1]:
             dw = _empty(ctx.w_shape, dy, ctx.w_channels_last)

@@ -1,0 +1,219 @@
+"""Convert a model in place, and back: a change of class, since all state is torch.nn's own."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from weakref import WeakSet
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from . import modules
+from ._table import columns
+
+Choice = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+"""Of modules and all that is in them: a pattern for paths ("encoder", "*.head", as in fnmatch), a class, or a function of
+path and module."""
+Choices = Choice | Iterable[Choice]
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {}
+"""Our class for each of torch.nn's that we have."""
+for _name in modules.__all__:
+    OURS[getattr(nn, _name)] = getattr(modules, _name)
+_TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+
+_MARK = "_accelerated"
+"""Set on a module that `accelerate` converted, to tell it from one that was built as ours. Copies and pickles keep it."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of one module: its path in the model ("" for the model itself), its class before and after, and why it
+    is as it was, unless it was changed."""
+
+    path: str
+    was: type[nn.Module]
+    now: type[nn.Module]
+    reason: str | None
+
+    @property
+    def changed(self) -> bool:
+        return self.was is not self.now
+
+
+@dataclass(frozen=True, eq=False)
+class Conversions:
+    """What `accelerate` or `restore` did, in the order of model.named_modules(): every layer, and every container that
+    was changed or could have been. Prints as a table.
+
+    The result of `accelerate` is also a context manager, which at its end restores what that call has changed.
+    """
+
+    rows: tuple[Conversion, ...]
+    _changed: WeakSet[nn.Module] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Conversion]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def changed(self) -> tuple[Conversion, ...]:
+        """The rows of the modules whose class was changed."""
+        return tuple(row for row in self.rows if row.changed)
+
+    def __str__(self) -> str:
+        return columns(
+            ("module", "was", "is now, or why not"),
+            *((r.path or "(the model)", _name_of(r.was), r.reason or _name_of(r.now)) for r in self.rows),
+        )
+
+    def __enter__(self) -> Conversions:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._changed:
+            _to_torch(module)
+
+
+def accelerate(model: nn.Module, include: Choices | None = None, exclude: Choices | None = None) -> Conversions:
+    """Make torch.nn's layers in a model ours, in place, by changing their class and nothing else.
+
+    Parameters, buffers, hooks, state_dict, optimizers' references and the modules' identities stay. Calling it again
+    changes nothing more. Only exact classes of torch.nn are changed: a subclass, a parametrized module or one whose
+    `forward` was replaced has a reason to differ, which the report quotes.
+
+        report = fastlayers.accelerate(model)
+        print(report)
+
+        with fastlayers.accelerate(model):  # for a while
+            ...
+
+    Args:
+        model: any module, with the layers somewhere in it.
+        include: only these modules and what is in them: patterns for paths ("encoder", "*.head"), classes, or functions
+            of path and module; one or several. All by default.
+        exclude: not these, nor what is in them.
+    Returns:
+        The report, a row for every layer.
+    Raises:
+        TypeError: for a model that is no module, or a choice that is none.
+    """
+    paths = _paths(model)
+    included = paths.keys() if include is None else _chosen(paths, include)
+    excluded = set() if exclude is None else _chosen(paths, exclude)
+    without, within = ({paths[path] for path in chosen} for chosen in (excluded, included))
+
+    def why_not(module: nn.Module) -> str | None:
+        reason = _why_not(module)
+        if reason is None and module in without:
+            return "excluded"
+        return "not included" if reason is None and module not in within else reason
+
+    return _convert(paths, why_not, _to_ours)
+
+
+def restore(model: nn.Module) -> Conversions:
+    """Undo `accelerate`: every module that it changed gets torch.nn's class back. Layers that were built as ours stay.
+
+    Raises:
+        TypeError: for a model that is no module.
+    """
+    return _convert(_paths(model), _why_not_back, _to_torch)
+
+
+def _paths(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module under every path that leads to it, parents first."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a torch.nn.Module is converted, not {type(model).__name__}")
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _convert(
+    paths: dict[str, nn.Module], why_not: Callable[[nn.Module], str | None], change: Callable[[nn.Module], None]
+) -> Conversions:
+    before = {module: (type(module), why_not(module)) for module in paths.values()}
+    for module, (_, reason) in before.items():
+        if reason is None:
+            change(module)
+    return Conversions(
+        tuple(
+            Conversion(path, was, type(module), reason)
+            for path, module in paths.items()
+            for was, reason in [before[module]]
+            if reason is None or isinstance(module, tuple(OURS)) or not module._modules
+        ),
+        WeakSet(module for module, (_, reason) in before.items() if reason is None),
+    )
+
+
+def _to_ours(module: nn.Module) -> None:
+    module.__class__ = OURS[type(module)]
+    vars(module)[_MARK] = True
+
+
+def _to_torch(module: nn.Module) -> None:
+    if vars(module).get(_MARK) and type(module) in _TORCHS:
+        module.__class__ = _TORCHS[type(module)]  # type: ignore[assignment]
+        del vars(module)[_MARK]
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if type(module) in _TORCHS:
+        return "accelerated already" if _MARK in vars(module) else "ours already"
+    if type(module) not in OURS:
+        return _why_not_class(module)
+    if not vars(module).keys().isdisjoint(("forward", "_conv_forward")):
+        return "its forward was replaced"
+    return None
+
+
+def _why_not_class(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its parent reads its weight and never calls it"
+    if parametrize.is_parametrized(module):
+        return "parametrized"
+    for torchs in OURS:
+        if isinstance(module, torchs):
+            return f"a subclass of {torchs.__name__}"
+    return f"fastlayers has no {name}"
+
+
+def _why_not_back(module: nn.Module) -> str | None:
+    if _MARK not in vars(module):
+        return "not accelerated"
+    if parametrize.is_parametrized(module):
+        return "parametrized since: remove the parametrizations first"
+    return None if type(module) in _TORCHS else "made a subclass since"
+
+
+def _chosen(paths: dict[str, nn.Module], choices: Choices) -> set[str]:
+    """The paths that one of the choices means, and all paths below these."""
+    several = [choices] if isinstance(choices, str) or callable(choices) else list(choices)
+    chosen: set[str] = set()
+    for path, module in paths.items():
+        above = path.rpartition(".")[0]
+        if (path and above in chosen) or any(_matches(path, module, choice) for choice in several):
+            chosen.add(path)
+    return chosen
+
+
+def _matches(path: str, module: nn.Module, choice: Choice) -> bool:
+    if isinstance(choice, str):
+        return fnmatch.fnmatchcase(path, choice)
+    if isinstance(choice, type):
+        return isinstance(module, choice)
+    if callable(choice):
+        return bool(choice(path, module))
+    raise TypeError(f"a path's pattern, a class or a function chooses modules, not {choice!r}")
+
+
+def _name_of(kind: type[nn.Module]) -> str:
+    package = kind.__module__.split(".")[0]
+    if package == "torch":
+        return f"torch.nn.{kind.__name__}"
+    return f"{package}.{kind.__name__}" if package == "fastlayers" else kind.__name__

@@ -1,0 +1,525 @@
+"""What people do to modules, done to ours and to torch.nn's side by side."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.modules import module as registries
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import fastlayers
+from fastlayers import nn
+from fastlayers.kernels import _launch
+
+Log = list[tuple[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _auto() -> Iterator[None]:
+    """As users have it. What must run on the kernels says so."""
+    with fastlayers.policy("auto"):
+        yield
+
+
+def network(space: Any) -> torch.nn.Module:
+    """A convolution and a chain, all of it fused."""
+    return space.Sequential(
+        space.Conv2d(2, 4, 3, padding=1), space.ReLU(), space.Flatten(),
+        space.Linear(64, 9), space.ReLU(), space.Linear(9, 7), space.ReLU(), space.Linear(7, 3),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def pair(device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Ours and torch's, with the same parameters."""
+    ours, theirs = network(nn).to(device), network(torch.nn).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def x(device: torch.device) -> torch.Tensor:
+    return torch.randn(5, 2, 4, 4, device=device)
+
+
+def same(ours: Any, theirs: Any, **tolerances: float) -> None:
+    torch.testing.assert_close(ours, theirs, **tolerances)
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor | None]:
+    return [p.grad for p in model.parameters()]
+
+
+def on_kernels(model: torch.nn.Module, *inputs: torch.Tensor) -> bool:
+    decisions = [d for d in fastlayers.explain(model, *inputs) if "not one of our layers" not in (d.reason or "")]
+    return bool(decisions) and all(d.path == "triton" for d in decisions)
+
+
+# --- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def watch_modules(model: torch.nn.Module, log: Log) -> list[Any]:
+    handles = []
+    for name, m in model.named_modules():
+        handles += [
+            m.register_forward_pre_hook(lambda m, a, n=name: log.append((f"pre {n}", a[0].detach().clone()))),
+            m.register_forward_pre_hook(
+                lambda m, a, kw, n=name: log.append((f"pre with kwargs {n}", sorted(kw))), with_kwargs=True
+            ),
+            m.register_forward_hook(lambda m, a, y, n=name: log.append((f"forward {n}", y.detach().clone()))),
+            m.register_forward_hook(lambda m, a, y, n=name: log.append((f"first {n}", y.sum().detach())), prepend=True),
+            m.register_full_backward_pre_hook(lambda m, dy, n=name: log.append((f"backward pre {n}", dy[0].clone()))),
+            m.register_full_backward_hook(lambda m, dx, dy, n=name: log.append((f"backward {n}", dy[0].clone()))),
+        ]
+        handles += [
+            p.register_hook(lambda g, n=f"{name}.{key}": log.append((f"gradient {n}", g.clone())))
+            for key, p in m.named_parameters(recurse=False)
+        ]
+    return handles
+
+
+def watch_everything(model: torch.nn.Module, log: Log) -> list[Any]:
+    names = {m: name for name, m in model.named_modules()}
+    r = registries
+    return [
+        r.register_module_forward_pre_hook(lambda m, a: log.append((f"pre {names[m]}", a[0].detach().clone()))),
+        r.register_module_forward_hook(lambda m, a, y: log.append((f"forward {names[m]}", y.detach().clone()))),
+        r.register_module_full_backward_pre_hook(lambda m, dy: log.append((f"back pre {names[m]}", dy[0].clone()))),
+        r.register_module_full_backward_hook(lambda m, dx, dy: log.append((f"back {names[m]}", dy[0].clone()))),
+    ]
+
+
+@pytest.mark.parametrize("watch", [watch_modules, watch_everything])
+def test_hooks_come_and_go(watch: Callable[..., list[Any]], pair: Any, x: torch.Tensor) -> None:
+    """Order and values of every kind of hook; without them, fused again; with them again, seen again."""
+    logs: list[Log] = [[], []]
+    for round in range(3):
+        for model, log in zip(pair, logs, strict=True):
+            handles = watch(model, log) if round != 1 else []
+            before = len(log)
+            model.zero_grad()
+            leaf = x.clone().requires_grad_()
+            model(leaf).square().sum().backward()
+            assert (len(log) > before) == bool(handles)
+            for handle in handles:
+                handle.remove()
+        same(*map(gradients, pair))
+        assert on_kernels(pair[0], x)
+    order = [[name for name, _ in log if not name.startswith("gradient")] for log in logs]
+    assert order[0] == order[1]
+    ours, theirs = (dict(log) for log in logs)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        same(ours[name], theirs[name])
+
+
+def test_hooks_that_change_values(pair: Any, x: torch.Tensor) -> None:
+    def double(p: torch.Tensor) -> None:
+        p.grad.mul_(2)
+
+    for model in pair:
+        model[3].register_forward_hook(lambda m, a, y: y * 2)
+        model[5].register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+        model[6].register_full_backward_pre_hook(lambda m, dy: (dy[0] * 3,))
+        model[0].weight.register_hook(lambda g: g * 0.5)
+        model[7].weight.register_post_accumulate_grad_hook(double)
+        model(x.clone().requires_grad_()).square().sum().backward()
+    same(*(m(x) for m in pair))
+    same(*map(gradients, pair))
+
+
+def test_state_dict_hooks(pair: Any) -> None:
+    logs: list[list[str]] = [[], []]
+    for model, log in zip(pair, logs, strict=True):
+        layer = model[3]
+        layer.register_state_dict_pre_hook(lambda m, prefix, keep, log=log: log.append(f"state pre {prefix}"))
+        layer.register_state_dict_post_hook(
+            lambda m, state, prefix, meta, log=log: log.append(f"state {sorted(state)}")
+        )
+        layer.register_load_state_dict_pre_hook(lambda m, state, prefix, *_, log=log: log.append(f"load {prefix}"))
+        layer.register_load_state_dict_post_hook(lambda m, keys, log=log: log.append(f"loaded {keys}"))
+        model.load_state_dict(model.state_dict())
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 4
+
+
+# --- reparametrizations ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: parametrizations.weight_norm(m),
+        lambda m: torch.nn.utils.weight_norm(m),
+        lambda m: parametrizations.spectral_norm(m, n_power_iterations=2),
+        lambda m: parametrizations.orthogonal(m),
+        lambda m: prune.l1_unstructured(m, "weight", 0.5),
+        lambda m: prune.ln_structured(m, "weight", 0.5, n=2, dim=0),
+    ],
+    ids=["weight_norm", "old weight_norm", "spectral_norm", "orthogonal", "pruned", "pruned rows"],
+)
+def test_reparametrized(change: Callable[..., Any], pair: Any, x: torch.Tensor) -> None:
+    """Trained for three steps with another weight behind `weight`, then made permanent."""
+    for model in pair:
+        torch.manual_seed(1)
+        change(model[0])
+        torch.manual_seed(1)
+        change(model[3])
+    pair[1].load_state_dict(pair[0].state_dict())
+    assert on_kernels(pair[0], x)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in pair]
+    for _ in range(3):
+        for model, optimizer in zip(pair, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        same(*(m(x) for m in pair))
+    for model in pair:
+        for layer in (model[0], model[3]):
+            if parametrize.is_parametrized(layer):
+                parametrize.remove_parametrizations(layer, "weight")
+            elif prune.is_pruned(layer):
+                prune.remove(layer, "weight")
+            else:
+                torch.nn.utils.remove_weight_norm(layer)
+    assert type(pair[0][0]) is nn.Conv2d
+    assert pair[0].state_dict().keys() == pair[1].state_dict().keys()
+    same(*(m(x) for m in pair))
+
+
+# --- parameters --------------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_and_one_layer_twice(device: torch.device) -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self, space: Any):
+            super().__init__()
+            self.embedding = space.Embedding(11, 6)
+            self.layer = space.Linear(6, 6)
+            self.head = space.Linear(6, 11, bias=False)
+            self.head.weight = self.embedding.weight
+            self.relu = space.ReLU()
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            hidden = self.embedding(tokens)
+            return self.head(self.relu(self.layer(self.relu(self.layer(hidden)))))
+
+    ours, theirs = Tied(nn).to(device), Tied(torch.nn).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.randint(11, (3, 5), device=device)
+    for model in (ours, theirs):
+        model(tokens).square().sum().backward()
+    same(gradients(ours), gradients(theirs))
+    assert len(list(ours.parameters())) == 3
+
+
+def test_frozen_parts_cost_nothing(pair: Any, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen to the last layer: backward is its two products, and nothing of the others is saved."""
+    stored = []
+    for model in pair:
+        model.requires_grad_(False)
+        model[7].requires_grad_(True)
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = model(x)
+        stored.append(sum(t.nbytes for t in saved))
+        if model is pair[0]:
+            launched: list[str] = []
+            with monkeypatch.context() as patch:
+                patch.setattr(_launch, "trace", launched)
+                y.sum().backward()
+            assert sum("matmul" in name for name in launched) == 1, launched
+            assert not any("conv" in name for name in launched)
+        else:
+            y.sum().backward()
+    assert stored[0] <= stored[1] == 5 * 7 * 4
+    same(*map(gradients, pair))
+    assert [g is None for g in gradients(pair[0])] == [True] * 6 + [False] * 2
+
+
+def test_accumulation_and_zero_grad(pair: Any, x: torch.Tensor) -> None:
+    for model in pair:
+        for step, to_none in enumerate((True, False, True)):
+            model.zero_grad(set_to_none=to_none)
+            assert all(
+                (p.grad is None) if to_none else (p.grad is None or not p.grad.any()) for p in model.parameters()
+            )
+            for part in x.split(2):
+                model(part * (step + 1)).square().sum().backward()
+    same(*map(gradients, pair))
+
+
+def test_apply_and_access(pair: Any, x: torch.Tensor, device: torch.device) -> None:
+    for model in pair:
+        torch.manual_seed(3)
+        model.apply(lambda m: torch.nn.init.xavier_uniform_(m.weight) if isinstance(m, torch.nn.Linear) else None)
+        assert model.get_submodule("3") is model[3]
+        assert model.get_parameter("3.weight") is model[3].weight
+        model[3].register_parameter("scale", torch.nn.Parameter(torch.ones(1, device=device)))
+        model[3].register_buffer("count", torch.zeros(1, device=device))
+        model[5].register_parameter("bias", None)
+        model.add_module("extra", torch.nn.Identity())
+        model[7].weight = torch.nn.Parameter(model[7].weight.detach() * 2)
+        model[0].bias.data.fill_(0.5)
+    assert [n for n, _ in pair[0].named_parameters()] == [n for n, _ in pair[1].named_parameters()]
+    assert [n for n, _ in pair[0].named_buffers()] == [n for n, _ in pair[1].named_buffers()] == ["3.count"]
+    same(*(m(x) for m in pair))
+    assert on_kernels(pair[0], x)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_checkpoints_in_both_directions(ours_first: bool, pair: Any, x: torch.Tensor) -> None:
+    """Saved by one, loaded by the other; strict loading complains in torch's words."""
+    source, target = pair if ours_first else pair[::-1]
+    with torch.no_grad():
+        for p in source.parameters():
+            p.add_(0.1)
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert str(target.load_state_dict(state)) == "<All keys matched successfully>"
+    same(source(x), target(x))
+    state["8.weight"] = state.pop("7.weight")
+    state["3.weight"] = state["3.weight"][:1]
+    errors = []
+    for model in pair:
+        with pytest.raises(RuntimeError) as caught:
+            model.load_state_dict(state)
+        errors.append(str(caught.value))
+        del state["3.weight"]
+        keys = model.load_state_dict(state, strict=False)
+        assert (keys.missing_keys, keys.unexpected_keys) == (["3.weight", "7.weight"], ["8.weight"])
+        state["3.weight"] = torch.zeros(1, 64)
+    assert errors[0] == errors[1]
+    assigned = copy.deepcopy(target)
+    assigned.load_state_dict(source.state_dict(), assign=True)
+    same(assigned(x), source(x))
+
+
+def test_meta_then_to_empty(pair: Any, x: torch.Tensor, device: torch.device) -> None:
+    with torch.device("meta"):
+        model = network(nn)
+    assert model(x.to("meta")).is_meta
+    model.to_empty(device=device).load_state_dict(pair[1].state_dict())
+    same(model(x), pair[1](x))
+    assert on_kernels(model, x)
+    skipped = torch.nn.utils.skip_init(nn.Linear, 3, 2, device=device)
+    assert type(skipped) is nn.Linear
+    assert skipped.weight.shape == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_layers(x: torch.Tensor, device: torch.device) -> None:
+    """On the kernels from the first call on."""
+    models = []
+    for space in (nn, torch.nn):
+        torch.manual_seed(0)
+        model = space.Sequential(space.LazyConv2d(3, 2), space.ReLU(), space.Flatten(), space.LazyLinear(2)).to(device)
+        if space is nn:
+            with fastlayers.policy("auto"):
+                assert on_kernels(model, x)
+        else:
+            model(x)
+        models.append(model)
+    assert [type(m) for m in models[0]] == [nn.Conv2d, nn.ReLU, torch.nn.Flatten, nn.Linear]
+    models[1].load_state_dict(models[0].state_dict())
+    same(*(m(x) for m in models))
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_averaged_model(pair: Any, x: torch.Tensor) -> None:
+    averages = [torch.optim.swa_utils.AveragedModel(m) for m in pair]
+    for model, average in zip(pair, averages, strict=True):
+        for _ in range(2):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.1)
+            average.update_parameters(model)
+    same(*(a(x) for a in averages))
+    assert type(averages[0].module) is nn.Sequential
+    assert on_kernels(averages[0], x)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant: bool, pair: Any, x: torch.Tensor) -> None:
+    from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+    results = []
+    for model in pair:
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(model, leaf, use_reentrant=use_reentrant)
+        y.square().sum().backward()
+        z = checkpoint_sequential(model, 3, leaf, use_reentrant=use_reentrant)
+        z.sum().backward()
+        results.append([y, z, leaf.grad, *gradients(model)])
+    same(*results)
+
+
+OPTIMIZERS = {
+    "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, foreach=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, pair: Any, x: torch.Tensor) -> None:
+    optimizers = [OPTIMIZERS[name](m.parameters()) for m in pair]
+    for _ in range(3):
+        for model, optimizer in zip(pair, optimizers, strict=True):
+
+            def closure(model: torch.nn.Module = model, optimizer: Any = optimizer) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    for p, q in zip(*(m.parameters() for m in pair), strict=True):
+        # Adam divides by the gradient's own size: a rounding in a gradient near zero may move a weight by a step.
+        same(p, q, rtol=1e-3, atol=2e-3 if "Ada" in name else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_with_a_scaler(dtype: torch.dtype, pair: Any, x: torch.Tensor, device: torch.device) -> None:
+    """Scaled, unscaled, clipped, stepped; an infinite gradient skips the step and halves the scale."""
+    scales = []
+    for model in pair:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler(device.type, init_scale=256.0, growth_interval=100)
+        for step in range(3):
+            optimizer.zero_grad()
+            with torch.autocast(device.type, dtype=dtype):
+                y = model(x)
+                assert y.dtype == dtype
+            loss = y.float().square().mean()
+            scaler.scale(loss * (float("inf") if step == 1 else 1)).backward()
+            scaler.unscale_(optimizer)
+            assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        scales.append(scaler.get_scale())
+    assert scales == [128.0, 128.0]
+    for p, q in zip(*(m.parameters() for m in pair), strict=True):
+        same(p, q, rtol=0.05, atol=0.02)
+
+
+def test_no_grad_and_inference_mode(pair: Any, x: torch.Tensor) -> None:
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            ours, theirs = (m(x) for m in pair)
+            same(ours, theirs)
+            assert ours.is_inference() == theirs.is_inference()
+            assert on_kernels(pair[0], x)
+        assert not ours.requires_grad
+    with torch.inference_mode():
+        frozen = copy.deepcopy(pair[0])
+        same(frozen(x), pair[1](x))
+
+
+def test_train_and_eval(pair: Any) -> None:
+    for model in pair:
+        assert model.eval() is model
+        assert not any(m.training for m in model.modules())
+        assert all(m.training for m in model.train().modules())
+
+
+# --- derivatives -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own
+def test_forward_mode(pair: Any, x: torch.Tensor) -> None:
+    import torch.autograd.forward_ad as forward_ad
+
+    tangent = torch.randn_like(x)
+    results = []
+    for model in pair:
+        with forward_ad.dual_level():
+            y = model(forward_ad.make_dual(x, tangent))
+            results.append(forward_ad.unpack_dual(y))
+        results[-1] = (results[-1].primal.detach(), results[-1].tangent.detach())
+    same(*results)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func's own
+def test_functional_transforms(pair: Any, x: torch.Tensor) -> None:
+    """Per-sample gradients, an ensemble through stack_module_state, jvp, vjp, and a Hessian of the parameters."""
+    from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vjp, vmap
+
+    results = []
+    for model in pair:
+        params = {k: v.detach() for k, v in model.named_parameters()}
+
+        def loss(p: Any, sample: torch.Tensor, model: Any = model) -> torch.Tensor:
+            return functional_call(model, p, (sample[None],)).square().sum()
+
+        y, pull = vjp(model, x)
+        stacked, buffers = stack_module_state([model, copy.deepcopy(model)])
+        base = copy.deepcopy(model).to("meta")
+        ensemble = vmap(lambda p, b, base=base: functional_call(base, (p, b), (x,)))(stacked, buffers)
+        last = params["7.bias"]
+        results.append(
+            [
+                *vmap(grad(loss), in_dims=(None, 0))(params, x).values(),
+                jvp(model, (x,), (x * 2,))[1],
+                pull(torch.ones_like(y))[0],
+                ensemble,
+                hessian(lambda b, params=params, loss=loss: loss({**params, "7.bias": b}, x[0]))(last),
+            ]
+        )
+    same(*results)
+
+
+def test_gradient_penalty(pair: Any, x: torch.Tensor) -> None:
+    """A second backward through the first, as in WGAN-GP."""
+    for model in pair:
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(model(leaf).sum(), leaf, create_graph=True)
+        (dx.flatten(1).norm(dim=1) - 1).square().mean().backward()
+    same(*map(gradients, pair))
+    assert pair[0][0].weight.grad.abs().sum() > 0
+
+
+# --- tracers -----------------------------------------------------------------------------------------------------------
+
+
+def test_export(pair: Any, x: torch.Tensor) -> None:
+    graphs = []
+    for model in pair:
+        exported = torch.export.export(model, (x,))
+        same(exported.module()(x), model(x))
+        graphs.append([str(node.target) for node in exported.graph.nodes if node.op == "call_function"])
+    assert graphs[0] == graphs[1]
+
+
+def test_flop_counter(pair: Any, x: torch.Tensor) -> None:
+    """As many, of as many kinds, under the same names."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for model in pair:
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        counts.append((counter.get_total_flops(), counter.get_flop_counts()))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 0
+
+
+def test_fx(pair: Any, x: torch.Tensor) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    same(torch.fx.symbolic_trace(pair[0])(x), pair[1](x))
+    same(make_fx(pair[0])(x)(x), pair[1](x))
