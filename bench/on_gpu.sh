@@ -47,7 +47,12 @@ where=$("$python" -c 'import fastlayers; print(fastlayers.__file__)' 2>"$results
     exit 1
 }
 note "import: $where"
-"$python" -m fastlayers >"$results/self-check.log" 2>&1 && note "self-check: passed" || { note "self-check: FAILED (self-check.log)"; status=1; }
+if "$python" -m fastlayers >"$results/self-check.log" 2>&1; then
+    note "self-check: passed"
+else
+    note "self-check: FAILED (self-check.log)"
+    status=1
+fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     note "GPU: none, so nothing else is run"
     exit 1
