@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -313,35 +314,28 @@ def plots(results: Results, folder: Path) -> list[Path]:
 
 
 def _ratio_map(found: list[Comparison], figure_type: Any, title: str, save: Any) -> None:
-    """Shape by provider: torch's best over the provider, blue where it is faster, red where slower."""
-    import math
-
-    found = [c for c in found if any(row.get("ratio") for row in c.rows)]
+    """Shape by provider: torch's best over the provider, blue where it is faster, red where slower. A picture for each
+    family, of the most telling rows of a long run."""
     names = list(dict.fromkeys(row["provider"] for c in found for row in c.rows if row.get("ratio")))
-    if not found:
-        return
-    found = sorted(found, key=lambda c: (c.first["family"], c.first["mode"], c.first["direction"]))
-    ratios = [
-        [
-            next((row["ratio"] for row in c.rows if row["provider"] == name and row.get("ratio")), math.nan)
-            for name in names
-        ]
-        for c in found
-    ]
-    figure = figure_type(figsize=(4 + 0.8 * len(names), 1.5 + 0.22 * len(found)), layout="constrained")
-    axes = figure.add_subplot()
-    logs = [[math.log2(ratio) for ratio in row] for row in ratios]
-    image = axes.imshow(logs, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-    for y, row in enumerate(ratios):
-        for x, ratio in enumerate(row):
-            if not math.isnan(ratio):
-                axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6)
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(found)), [c.first["workload"] for c in found], fontsize=6)
-    axes.set_title(f"GPU time of torch's best / of the provider\n{title}", fontsize=9)
-    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 6 / len(found)))
-    bar.set_ticks([-1, 0, 1], labels=["0.5", "1", "2"])
-    save(figure, "ratios")
+    for family in _FAMILIES:
+        chosen = [c for c in found if c.first["family"] == family and any(row.get("ratio") for row in c.rows)][:120]
+        if not chosen:
+            continue
+        ratios = [{row["provider"]: row["ratio"] for row in c.rows if row.get("ratio")} for c in chosen]
+        figure = figure_type(figsize=(4 + 0.8 * len(names), 2 + 0.22 * len(chosen)), layout="constrained")
+        axes = figure.add_subplot()
+        logs = [[math.log2(row[name]) if name in row else math.nan for name in names] for row in ratios]
+        image = axes.imshow(logs, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+        for y, row in enumerate(ratios):
+            for name, ratio in row.items():
+                color = "white" if abs(math.log2(ratio)) > 0.6 else "black"
+                axes.text(names.index(name), y, f"{ratio:.2f}", ha="center", va="center", fontsize=6, color=color)
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+        axes.set_yticks(range(len(chosen)), [c.first["workload"] for c in chosen], fontsize=6)
+        axes.set_title(f"GPU time of torch's best / of the provider\n{title}", fontsize=9)
+        bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 8 / len(chosen)))
+        bar.set_ticks([-1, 0, 1], labels=["0.5", "1", "2"])
+        save(figure, f"ratios-{family}")
 
 
 def _roofline(found: list[Comparison], env: dict[str, Any], figure_type: Any, title: str, save: Any) -> None:
@@ -366,11 +360,12 @@ def _roofline(found: list[Comparison], env: dict[str, Any], figure_type: Any, ti
         return
     if known is not None:
         gpu = gpus.GPUS[known]
-        intensities = [2**i for i in range(-4, 14)]
-        for arithmetic, peak in gpu.teraflops.items():
-            roof = [min(peak, intensity * gpu.terabytes) for intensity in intensities]
-            axes.plot(intensities, roof, color="0.6", linewidth=0.8)
-            axes.text(intensities[-1], peak, arithmetic, fontsize=7, va="bottom", ha="right")
+        for peak in dict.fromkeys(gpu.teraflops.values()):
+            names = [f"{name} bit" if name.isdigit() else name for name, rate in gpu.teraflops.items() if rate == peak]
+            axes.plot(
+                [2**-4, peak / gpu.terabytes, 2**13], [gpu.terabytes / 16, peak, peak], color="0.6", linewidth=0.8
+            )
+            axes.text(2**13, peak, ", ".join(names), fontsize=7, va="bottom", ha="right")
     axes.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="TFLOP/s")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=6, ncols=2)
@@ -392,12 +387,14 @@ def _rates(found: list[Comparison], env: dict[str, Any], figure_type: Any, title
             if c.first["family"] == family and c.first["mode"] == "bf16" and c.first["direction"] == "forward"
         ]
         for name in dict.fromkeys(row["provider"] for c in chosen for row in c.rows if row.get("gbps")):
-            points = sorted(
-                (c.first["shape"][-1], row["gbps"])
-                for c in chosen
+            # Of two with rows of one length, the larger.
+            rates = {
+                c.first["shape"][-1]: row["gbps"]
+                for c in sorted(chosen, key=lambda c: c.first["bytes"])
                 for row in c.rows
                 if row["provider"] == name and row.get("gbps")
-            )
+            }
+            points = sorted(rates.items())
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         if known is not None:
             axes.axhline(1000 * gpus.GPUS[known].terabytes, color="0.6", linewidth=0.8)

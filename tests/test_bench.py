@@ -571,7 +571,8 @@ def test_report_command_and_plots(results: dict[str, Any], tmp_path: Path, capsy
     assert report.main([str(path), "--markdown", str(tmp_path / "r.md"), "--plots", str(tmp_path / "plots")]) == 0
     assert (tmp_path / "r.md").read_text().startswith("# NVIDIA H200")
     names = {p.name for p in (tmp_path / "plots").iterdir()}
-    assert names == {"ratios.png", "roofline.png", "rates.png", "host.png"}
+    families = {f"ratios-{family}.png" for family in ("Linear", "Softmax", "ReLU")}
+    assert names == families | {"roofline.png", "rates.png", "host.png"}
     for plot in (tmp_path / "plots").iterdir():
         assert plot.read_bytes().startswith(b"\x89PNG")
         assert plot.stat().st_size > 5000
@@ -783,4 +784,4 @@ def test_script_reports_a_benchmark_that_was_killed(tmp_path: Path, results: dic
     assert "benchmark: ended with status 137" in summary
     assert "2 of 4 workloads are slower" in done.stdout
     assert (tmp_path / "results" / "bench" / "results.md").read_text().startswith("# NVIDIA H200")
-    assert len(list((tmp_path / "results" / "bench" / "plots").iterdir())) == 4
+    assert len(list((tmp_path / "results" / "bench" / "plots").iterdir())) == 6
