@@ -68,7 +68,7 @@ for pair in sklearn:tests/test_demo.py build:tests/test_house.py; do
 done
 limit=$((60 * minutes / 3))
 # A line for each test, for a run that is stopped prints no summary.
-timeout --kill-after=10 "$limit" "$python" -m pytest -v "${workers[@]}" "${without[@]}" >"$results/tests.log" 2>&1
+timeout --kill-after=10 "$limit" "$python" -m pytest -v -p no:benchmark "${workers[@]}" "${without[@]}" >"$results/tests.log" 2>&1
 code=$?
 if [[ $code -eq 124 ]]; then
     note "tests: stopped after $limit s: $(grep -c PASSED "$results/tests.log") passed, $(grep -c FAILED "$results/tests.log") failed"
