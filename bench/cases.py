@@ -33,10 +33,6 @@ class Case:
     """Compiled for offsets of 64 bits."""
     targets: tuple[str, ...] = TARGETS
     """Where the kernel can be launched at all: TMA, say, from sm_90 on."""
-    arithmetic: str = "ieee"
-    """The kind of it, as in kernels/_tiles.py."""
-    work: Work | None = None
-    """What the whole call computes and moves, if it is a direction of one of the Specs."""
 
     @property
     def streams(self) -> bool:
@@ -47,6 +43,49 @@ class Case:
     @property
     def label(self) -> str:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}{' wide' * self.wide}"
+
+    @property
+    def arithmetic(self) -> str:
+        """The kind of it, as in kernels/_tiles.py. Strict float32 in several products of tensor cores counts as theirs."""
+        if self.dtype != torch.float32:
+            return "64" if self.dtype == torch.float64 else "16"
+        precisions = [getattr(self.call, "keywords", {}).get("precision")]
+        precisions += [getattr(tile, "precision", None) for tile in self.force.values()]
+        return "ieee" if {*precisions} <= {"ieee", None} else "tf32"
+
+    @functools.cached_property
+    def work(self) -> Work | None:
+        """What the whole call computes and moves, by the Spec of the layer that it is a direction of, if it is of one."""
+        return _work(self.call)
+
+
+def _work(call: Any) -> Work | None:
+    """From the launcher's arguments."""
+    args, keywords, nn = call.args, call.keywords, torch.nn
+    x, direction = args[0], "forward"
+    launcher = call.func.__name__
+    if launcher == "matmul":
+        name, make = "Linear", lambda: nn.Linear(args[1].shape[0], args[1].shape[1])
+    elif launcher.startswith("conv2d"):
+        # (x, w), (dz, w, dx), (dz, x, dw)
+        direction = {"conv2d": "forward", "conv2d_input_grad": "input grad"}.get(launcher, "weight grad")
+        x, w = {"forward": (x, args[1]), "input grad": (args[2], args[1])}.get(direction, args[1:3])
+        geometry = {key: keywords[key] for key in ("stride", "padding", "dilation", "groups")}
+        o, c, *kernel = w.shape
+        name, make = "Conv2d", lambda: nn.Conv2d(c * geometry["groups"], o, tuple(kernel), **geometry)
+    elif launcher in ("pointwise", "pointwise_grad", "activation_grad"):
+        name, make = "ReLU", nn.ReLU
+    elif launcher in ("softmax", "softmax_grad"):
+        name, make = "Softmax", lambda: nn.Softmax(args[-2])
+    else:
+        return None
+    if launcher.endswith("grad") and not launcher.startswith("conv2d"):
+        direction = "backward"
+    spec = next(spec for spec in SPECS if spec.name == name)
+    with torch.device("meta"):
+        layer: Any = make().to(x.dtype)
+    flops, elements = spec.flops(layer, x, direction), spec.elements(layer, x, direction)  # type: ignore[arg-type]
+    return Work(flops, elements * x.dtype.itemsize)
 
 
 def _maker(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -59,18 +98,6 @@ _KINDS = {
     "ieee": (torch.float32,),
     "64": (torch.float64,),
 }
-
-
-def _work(layer: str, make: Callable[[], torch.nn.Module], x: torch.Tensor, direction: str) -> Work:
-    """From the layer's Spec."""
-    spec = next(spec for spec in SPECS if spec.name == layer)
-    direction = direction.split(",")[0]  # "input grad, undo"
-    with torch.device("meta"):
-        module = make().to(x.dtype)
-    return Work(
-        spec.flops(module, x, direction),  # type: ignore[arg-type]
-        spec.elements(module, x, direction) * x.dtype.itemsize,  # type: ignore[arg-type]
-    )
 
 
 def _product_cases(target: str) -> Iterator[Case]:
@@ -90,22 +117,7 @@ def _product_cases(target: str) -> Iterator[Case]:
                 calls += [("matmul odd", *call) for call in _matmul_calls(1, dtype, precision)]
                 calls += [("conv stem", *call) for call in _stem_calls(dtype, precision)]
             for family, direction, kernel, call in calls:
-                work = _product_work(family, direction, dtype)
-                yield Case(
-                    f"{family} {direction} {name}", kernel, dtype, call, dict(product=tile), arithmetic=kind, work=work
-                )
-
-
-@functools.cache
-def _product_work(family: str, direction: str, dtype: torch.dtype) -> Work:
-    """Of the calls below, whose sizes these are."""
-    t, nn = _maker(dtype), torch.nn
-    if family.startswith("conv stem"):
-        return _work("Conv2d", lambda: nn.Conv2d(3, 64, 7, stride=2, padding=3), t(32, 3, 224, 224), direction)
-    if family.startswith("conv"):
-        return _work("Conv2d", lambda: nn.Conv2d(256, 256, 3, stride=2, padding=1), t(32, 256, 56, 56), direction)
-    odd = "odd" in family
-    return _work("Linear", lambda: nn.Linear(4096 + odd, 4096 + odd), t(8192 + odd, 4096 + odd), direction)
+                yield Case(f"{family} {direction} {name}", kernel, dtype, call, dict(product=tile))
 
 
 Call = tuple[str, str, Callable[[], object]]
@@ -150,44 +162,34 @@ def _geometry(stride: int, padding: int, precision: str) -> dict[str, Any]:
 def _memory_cases() -> Iterator[Case]:
     """The memory-bound kernels: pointwise, reductions, softmax."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for name, kernel, call, work in _memory_calls(dtype):
-            yield Case(name, kernel, dtype, call, {}, arithmetic=_ARITHMETIC[dtype], work=work)
+        for name, kernel, call in _memory_calls(dtype):
+            yield Case(name, kernel, dtype, call, {})
 
 
-_ARITHMETIC = {torch.float16: "16", torch.bfloat16: "16", torch.float32: "ieee", torch.float64: "64"}
-
-
-def _memory_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object], Work | None]]:
+def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
     t, accumulate = _maker(dtype), torch.promote_types(dtype, torch.float32)
     x = t(4096, 4096)
-    relu = functools.partial(_work, "ReLU", torch.nn.ReLU, x)
-    yield "relu", "_pointwise_kernel", functools.partial(pointwise.pointwise, x, "relu"), relu("forward")
-    yield (
-        "relu grad",
-        "_pointwise_grad_kernel",
-        functools.partial(pointwise.pointwise_grad, x, x, "relu"),
-        relu("backward"),
-    )
+    yield "relu", "_pointwise_kernel", functools.partial(pointwise.pointwise, x, "relu")
+    yield "relu grad", "_pointwise_grad_kernel", functools.partial(pointwise.pointwise_grad, x, x, "relu")
     for layout, y in (("rows", x[None]), ("columns", x[None].mT)):
         call = functools.partial(reduce.activation_grad, y, undo=("relu", y), column_sums=dtype)
-        yield f"activation grad {layout}", "_activation_grad_kernel", call, relu("backward")
+        yield f"activation grad {layout}", "_activation_grad_kernel", call
     for count in (8, 64):
         partials = _maker(accumulate)(count, 512, 512)
         call = functools.partial(reduce.sum_partials, partials, t(512, 512), bias=t(512), then="relu")
-        yield f"sum partials {count}", "_sum_partials_kernel", call, None
+        yield f"sum partials {count}", "_sum_partials_kernel", call
         call = functools.partial(reduce.sum_partials, _maker(accumulate)(count, 512), t(512))
-        yield f"sum partials {count}, one row", "_sum_partials_kernel", call, None
+        yield f"sum partials {count}, one row", "_sum_partials_kernel", call
     rows = {f"rows {d}": ("rows", t(4096, d)) for d in _tiles._SOFTMAX_ROWS}
     shapes = dict(long=(64, 131072), few=(64, 512, 16), short=(64, 32, 4096), tall=(64, 512, 4096), one=(64, 128, 4096))
     blocks = {f"blocks {name}": ("blocks", t(*shape)) for name, shape in shapes.items()}
     for name, (design, x) in (rows | blocks).items():
-        work = functools.partial(_work, "Softmax", lambda: torch.nn.Softmax(1), x)
         forward = functools.partial(softmax.softmax, x, 1, dtype)
         backward = functools.partial(softmax.softmax_grad, x, x, 1, dtype)
         if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate):
-            yield f"softmax {name}", f"_softmax_{design}_kernel", forward, work("forward")
+            yield f"softmax {name}", f"_softmax_{design}_kernel", forward
         if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate, gradient=True):
-            yield f"softmax grad {name}", f"_softmax_{design}_grad_kernel", backward, work("backward")
+            yield f"softmax grad {name}", f"_softmax_{design}_grad_kernel", backward
 
 
 @functools.cache
