@@ -1,6 +1,6 @@
 """Reading machine code: what a kernel's instructions are, and which of them make up its main loop.
 
-Understands what `cuobjdump -sass` prints for NVIDIA and the assembly in which Triton hands over an AMD kernel. Loops are
+Understands what `nvdisasm -c` prints for NVIDIA and the assembly in which Triton hands over an AMD kernel. Loops are
 found as compilers find them, in the graph of branches: a jump backwards alone is none, for the waits on a barrier are
 moved behind the kernel's end and jump back into the middle of the loop that they belong to.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -23,22 +24,30 @@ class Instruction:
     falls: bool = True
 
 
-_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
-_SASS_ADDRESS = re.compile(r"\b0x([0-9a-f]+)\s*$")
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);|^(\.L\w+):", re.MULTILINE)
+_SASS_TARGET = re.compile(r"(?:0x([0-9a-f]+)|`\((\.L\w+)\))\s*$")
 
 
 def sass(text: str) -> list[Instruction]:
-    """The instructions of a disassembly by cuobjdump of one kernel."""
-    found = []
-    for address, guard, name, operands in _SASS.findall(text):
+    """The instructions of one kernel; branches go to a label (nvdisasm) or an address (cuobjdump)."""
+    found: list[Instruction] = []
+    labels: dict[str, str] = {}
+    waiting: list[str] = []
+    for address, guard, name, operands, label in _SASS.findall(text):
+        if label:
+            waiting.append(label)
+            continue
+        address = address.lstrip("0") or "0"
+        labels |= dict.fromkeys(waiting, address)
+        waiting = []
         base = name.split(".")[0]
-        jump = _SASS_ADDRESS.search(operands.strip()) if base in ("BRA", "JMP") else None
+        jump = _SASS_TARGET.search(operands.strip()) if base in ("BRA", "JMP") else None
         # `BRA.U UP0, 0x290` and `BRA P1, 0x290` are conditional without a guard.
         conditional = bool(guard) or (jump is not None and "," in operands)
         ends = base in ("BRA", "JMP", "BRX", "JMX", "EXIT", "RET")
-        target = None if jump is None else jump[1].lstrip("0") or "0"
-        found.append(Instruction(name, address.lstrip("0") or "0", target, conditional or not ends))
-    return found
+        target = None if jump is None else jump[2] or jump[1].lstrip("0") or "0"
+        found.append(Instruction(name, address, target, conditional or not ends))
+    return [dataclasses.replace(x, target=labels[x.target]) if x.target in labels else x for x in found]
 
 
 def amdgcn(text: str) -> list[Instruction]:

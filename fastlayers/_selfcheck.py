@@ -8,7 +8,7 @@ import importlib.util
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[Callable[[Any], torch.nn.Module], tuple[int, ...]]] = {
 def strict_float32() -> Iterator[None]:
     """float32 without TF32, in torch and in the kernels, which read the same switches."""
     # cuDNN's by its older name, which sets all of its new ones: torch takes badly to a mixture, and torch.export asks.
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
     before = matmul.fp32_precision, cudnn.allow_tf32
     matmul.fp32_precision, cudnn.allow_tf32 = "ieee", False
     try:

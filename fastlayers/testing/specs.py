@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,20 +109,35 @@ def _linear(rows: int, k: int, n: int) -> tuple[Make, tuple[int, ...]]:
     return lambda nn: nn.Linear(k, n), (rows, k)
 
 
-def _linear_shapes() -> Iterator[tuple[str, tuple[Make, tuple[int, ...]]]]:
+def _round_robin(*groups: _Variants) -> _Variants:
+    """One of each group, then a second one of each, and so on."""
+    turns = itertools.zip_longest(*(group.items() for group in groups))
+    return dict(item for turn in turns for item in turn if item is not None)
+
+
+def _linear_shapes() -> _Variants:
     llama = dict(up=(4096, 14336), down=(14336, 4096), qkv=(4096, 6144), out=(4096, 4096))
-    for rows in (4096, 1, 64, 512):
-        for name, (k, n) in llama.items():
-            yield f"Llama-8B {name}, {rows} tokens", _linear(rows, k, n)
+
+    def tokens(*counts: int) -> _Variants:
+        return {
+            f"Llama-8B {name}, {count} tokens": _linear(count, k, n)
+            for count in counts
+            for name, (k, n) in llama.items()
+        }
+
+    vit, mlp = {}, {}
     for images in (64, 1):
-        yield f"ViT-B up, {images} images", _linear(197 * images, 768, 3072)
-        yield f"ViT-B down, {images} images", _linear(197 * images, 3072, 768)
-    yield "GPT-2 head, 1024 tokens", _linear(1024, 768, 50257)
-    for batch in (64, 256, 1024, 8192):
-        yield f"MLP 784-512, batch {batch}", _linear(batch, 784, 512)
-        yield f"MLP 512-10, batch {batch}", _linear(batch, 512, 10)
-    for rows, k, n in ((4097, 1023, 1001), (1000, 1000, 1000), (333, 4095, 4097), (8191, 100, 7)):
-        yield f"odd {rows} x {k} x {n}", _linear(rows, k, n)
+        vit[f"ViT-B up, {images} images"] = _linear(197 * images, 768, 3072)
+        vit[f"ViT-B down, {images} images"] = _linear(197 * images, 3072, 768)
+    for batch in (64, 8192, 1024, 256):
+        mlp[f"MLP 784-512, batch {batch}"] = _linear(batch, 784, 512)
+        mlp[f"MLP 512-10, batch {batch}"] = _linear(batch, 512, 10)
+    odd = {
+        f"odd {rows} x {k} x {n}": _linear(rows, k, n)
+        for rows, k, n in ((4097, 1023, 1001), (1000, 1000, 1000), (333, 4095, 4097), (8191, 100, 7))
+    }
+    head = {"GPT-2 head, 1024 tokens": _linear(1024, 768, 50257)}
+    return _round_robin(tokens(4096), vit, mlp, head | odd, tokens(1, 64, 512))
 
 
 def _conv(
@@ -133,30 +149,38 @@ def _conv(
     return make, (batch, c, image, image)
 
 
-# (channels in, out, image, kernel, stride): every distinct convolution of ResNet-50 v1.5, 3x3 ones first.
+# (channels in, out, image, kernel, stride): every distinct convolution of ResNet-50 v1.5, one of each sort first.
 _RESNET_50 = (
-    (64, 64, 56, 3, 1), (128, 128, 28, 3, 1), (256, 256, 14, 3, 1), (512, 512, 7, 3, 1),
-    (128, 128, 56, 3, 2), (256, 256, 28, 3, 2), (512, 512, 14, 3, 2), (3, 64, 224, 7, 2),
-    (64, 64, 56, 1, 1), (64, 256, 56, 1, 1), (256, 64, 56, 1, 1), (256, 128, 56, 1, 1),
+    (64, 64, 56, 3, 1), (256, 64, 56, 1, 1), (256, 256, 14, 3, 1), (128, 128, 56, 3, 2),
+    (3, 64, 224, 7, 2), (128, 128, 28, 3, 1), (512, 512, 7, 3, 1), (256, 256, 28, 3, 2), (512, 512, 14, 3, 2),
+    (64, 64, 56, 1, 1), (64, 256, 56, 1, 1), (256, 128, 56, 1, 1),
     (128, 512, 28, 1, 1), (512, 128, 28, 1, 1), (512, 256, 28, 1, 1), (256, 1024, 14, 1, 1),
     (1024, 256, 14, 1, 1), (1024, 512, 14, 1, 1), (512, 2048, 7, 1, 1), (2048, 512, 7, 1, 1),
     (256, 512, 56, 1, 2), (512, 1024, 28, 1, 2), (1024, 2048, 14, 1, 2),
 )  # fmt: skip
 
 
-def _conv_shapes() -> Iterator[tuple[str, tuple[Make, tuple[int, ...]]]]:
-    for batch in (32, 256, 1):
-        for c, o, image, kernel, stride in _RESNET_50:
-            name = f"ResNet-50 {kernel}x{kernel}/{stride} {c}-{o} @{image}, batch {batch}"
-            yield name, _conv(batch, c, o, image, kernel, stride)
-    for c, image, kernel, stride in ((144, 56, 3, 1), (144, 56, 3, 2), (960, 7, 3, 1), (96, 56, 7, 1), (768, 7, 7, 1)):
-        yield f"depthwise {kernel}x{kernel}/{stride} {c} @{image}, batch 32", _conv(32, c, c, image, kernel, stride, c)
-    for c, o, image in ((64, 64, 224), (128, 256, 56), (512, 512, 28)):
-        yield f"VGG 3x3 {c}-{o} @{image}, batch 32", _conv(32, c, o, image, 3)
-    for c, o, image in ((320, 320, 64), (640, 640, 32), (1280, 1280, 16)):
-        yield f"U-Net 3x3 {c}-{o} @{image}, batch 4", _conv(4, c, o, image, 3)
+def _conv_shapes() -> _Variants:
+    def resnet(batch: int) -> _Variants:
+        return {
+            f"ResNet-50 {kernel}x{kernel}/{stride} {c}-{o} @{image}, batch {batch}": _conv(
+                batch, c, o, image, kernel, stride
+            )
+            for c, o, image, kernel, stride in _RESNET_50
+        }
+
+    others: _Variants = {}
+    for c, image, kernel, stride in ((144, 56, 3, 1), (96, 56, 7, 1), (144, 56, 3, 2), (960, 7, 3, 1), (768, 7, 7, 1)):
+        name = f"depthwise {kernel}x{kernel}/{stride} {c} @{image}, batch 32"
+        others[name] = _conv(32, c, c, image, kernel, stride, c)
+    networks: _Variants = {}
+    for c, o, image in ((128, 256, 56), (64, 64, 224), (512, 512, 28)):
+        networks[f"VGG 3x3 {c}-{o} @{image}, batch 32"] = _conv(32, c, o, image, 3)
+    for c, image in ((640, 32), (320, 64), (1280, 16)):
+        networks[f"U-Net 3x3 {c} @{image}, batch 4"] = _conv(4, c, c, image, 3)
     for c, image in ((128, 56), (512, 14)):
-        yield f"ResNeXt 3x3 {c} in 32 groups @{image}, batch 32", _conv(32, c, c, image, 3, groups=32)
+        networks[f"ResNeXt 3x3 {c} in 32 groups @{image}, batch 32"] = _conv(32, c, c, image, 3, groups=32)
+    return _round_robin(resnet(32), resnet(256), others, networks, resnet(1))
 
 
 _COLUMNS = (4096, 256, 1024, 16384, 65536, 64, 50257, 262144, 1000)
@@ -201,7 +225,7 @@ SPECS = [
         "a bias that isn't (out_features,)",
         _product_flops,
         _product_elements,
-        dict(_linear_shapes()),
+        _linear_shapes(),
         matrix=(lambda nn: nn.Linear(37, 19), (21, 37)),
         no_bias=(lambda nn: nn.Linear(18, 33, bias=False), (3, 5, 18)),
         vector=(lambda nn: nn.Linear(9, 5), (9,)),
@@ -215,7 +239,7 @@ SPECS = [
         "a dimension of size 0 other than the batch",
         _product_flops,
         _product_elements,
-        dict(_conv_shapes()),
+        _conv_shapes(),
         three=(lambda nn: nn.Conv2d(5, 18, 3, padding=1), (2, 5, 7, 6)),
         strided=(lambda nn: nn.Conv2d(4, 6, (3, 2), stride=2, padding=(1, 0)), (2, 4, 9, 7)),
         dilated=(lambda nn: nn.Conv2d(3, 5, 3, stride=(1, 3), dilation=2, padding=2), (1, 3, 8, 10)),
