@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as _torch
 from torch.nn.functional import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
+from .ops import traced as _traced  # noqa: F401  # torch's registry of operators
 from .ops.conv import conv2d, conv2d_formats, conv2d_then  # noqa: F401
 from .ops.linear import linear, linear_chain  # noqa: F401
 from .ops.pointwise import relu  # noqa: F401

@@ -92,6 +92,34 @@ def test_one_graph_with_our_operators(pair: Any, device: torch.device, monkeypat
     assert graphs.targets[-1].count("fastlayers.linear_chain") == 2, graphs.targets[-1]
 
 
+def images(space: Any) -> torch.nn.Module:
+    return space.Sequential(
+        space.Conv2d(2, 4, 3, padding=1), space.ReLU(), space.Conv2d(4, 4, 3, stride=2, bias=False),
+        space.BatchNorm2d(4), space.ReLU(), space.Conv2d(4, 2, 1, groups=2), space.Flatten(), space.Linear(8, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions(memory_format: torch.memory_format, device: torch.device) -> None:
+    """Train and eval, fused as in eager, strides as torch's."""
+    ours, theirs = images(nn).to(device), images(torch.nn).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 2, 6, 6, device=device).to(memory_format=memory_format)
+    graphs = Graphs()
+    compiled = torch.compile(ours, backend=graphs, fullgraph=True)
+    compare(compiled, ours, theirs, x)
+    assert graphs.count("fastlayers.conv2d") >= 3
+    assert graphs.count("built-in method conv2d") == 0
+    for model in (ours, theirs):
+        model.eval()
+    compare(compiled, ours, theirs, x)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), theirs(x))
+        part = torch.compile(ours[:6], backend=graphs, fullgraph=True)(x)
+        assert part.stride() == theirs[:6](x).stride()
+    assert graphs.targets[-1] == ["fastlayers.conv2d"] * 3  # normalisation and activations inside
+
+
 def test_inductor(pair: Any, device: torch.device) -> None:
     ours, theirs = pair
     compare(torch.compile(ours, fullgraph=True), ours, theirs, torch.randn(5, 6, device=device))
@@ -178,6 +206,21 @@ def test_operators_are_well_formed(device: torch.device) -> None:
             )  # fmt: skip
 
 
+def test_convolution_operators_are_well_formed(device: torch.device) -> None:
+    w, b = torch.randn(4, 2, 3, 2, device=device), torch.randn(4, device=device)
+    geometry = [2, 1], [1, 0], [1, 0], [1, 2], 2
+    for x in (torch.randn(2, 4, 6, 5, device=device), torch.randn(4, 6, 5, device=device)):
+        for weight in (w, w.to(memory_format=torch.channels_last)):
+            arguments = (x, weight, b, "relu", *geometry, None, [], 0.0)
+            checks = ("test_schema", "test_faketensor")
+            torch.library.opcheck(torch.ops.fastlayers.conv2d, arguments, test_utils=checks)
+            y = torch.ops.fastlayers.conv2d(*arguments)
+            formats = [False, weight is not w]
+            for needs in ([True, True, True], [False, True, False], [True, False, True]):
+                backward = (torch.randn_like(y), x, weight, y, "relu", *geometry, x.shape, w.shape, formats, needs)
+                torch.library.opcheck(torch.ops.fastlayers.conv2d_backward, backward, test_utils=checks)
+
+
 def test_flops_are_counted_as_torchs(device: torch.device) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -193,6 +236,15 @@ def test_flops_are_counted_as_torchs(device: torch.device) -> None:
             saved = [torch.ones_like(y), x, w, v, hidden, None]
             torch.ops.fastlayers.linear_chain_backward(saved, ["relu", ""], [2, 3, 6], [4, 5], needs)
         totals.append((mine.get_total_flops(), counter.get_total_flops()))
+    x, w = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 3, 6, 5), (4, 3, 3, 3)))
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(torch.nn.functional.conv2d(x, w, stride=2).sum(), (x, w))
+    with torch.no_grad(), FlopCounterMode(display=False) as mine:
+        geometry = [2, 2], [0, 0], [0, 0], [1, 1], 1
+        y = torch.ops.fastlayers.conv2d(x, w, None, "", *geometry, None, [], 0.0)
+        dy, options = torch.ones_like(y), (x.shape, w.shape, [False, False], [True, True, False])
+        torch.ops.fastlayers.conv2d_backward(dy, x, w, None, "", *geometry, *options)
+    totals.append((mine.get_total_flops(), counter.get_total_flops()))
     assert all(a == b for a, b in totals), totals
 
 

@@ -94,6 +94,16 @@ def _empty(shape: Sequence[int], like: torch.Tensor, channels_last: bool) -> tor
     return _launch.empty(shape, dtype=like.dtype, device=like.device, strides=strides[-len(shape) :])
 
 
+def _output(x: torch.Tensor, w: torch.Tensor, g: _Geometry, channels_last: bool | None) -> torch.Tensor:
+    """The uninitialised result, in torch's choice of memory format unless one is given."""
+    size = g.output_size(x.shape[-2:], w.shape[2:])
+    if channels_last is None:
+        channels_last = x.numel() > 0 and (_is_channels_last(_images(x)) or _is_channels_last(w))
+        if x.device.type == "cuda" and x.dtype == torch.float64:
+            channels_last = False  # cuDNN has no NHWC for float64, so torch's result is NCHW
+    return _empty((*x.shape[:-3], w.shape[0], *size), x, channels_last)
+
+
 def _forward(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -103,17 +113,50 @@ def _forward(
     channels_last: bool | None,
     norm: Norm | None = None,
 ) -> torch.Tensor:
-    size = g.output_size(x.shape[-2:], w.shape[2:])
-    if channels_last is None:
-        channels_last = x.numel() > 0 and (_is_channels_last(_images(x)) or _is_channels_last(w))
-        if x.is_cuda and x.dtype == torch.float64:
-            channels_last = False  # cuDNN has no NHWC for float64, so torch's result is NCHW
-    y = _empty((*x.shape[:-3], w.shape[0], *size), x, channels_last)
+    y = _output(x, w, g, channels_last)
     kernels.conv2d(
         _images(x), w, b, _images(y), then=None if then is None else then.name,
         norm=None if norm is None else epilogues.Norm(*norm), precision=_dtypes.conv_precision(), **g.arguments(),
     )  # fmt: skip
     return y
+
+
+def _gradients(
+    dy: torch.Tensor, x_shape: torch.Size, w_shape: torch.Size, formats: tuple[bool, bool], needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dx and dw, uninitialised, as far as needed. `formats`: whether x and w are in channels_last."""
+    x_channels_last, w_channels_last = formats
+    dx = _empty(x_shape, dy, x_channels_last or w_channels_last) if needs[0] else None
+    return dx, _empty(w_shape, dy, w_channels_last) if needs[1] else None
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    w: torch.Tensor | None,
+    y: torch.Tensor | None,
+    then: Pointwise | None,
+    g: _Geometry,
+    x_shape: torch.Size,
+    w_shape: torch.Size,
+    formats: tuple[bool, bool],
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """dx, dw and db, as far as needed, of dy and what was saved."""
+    precision = _dtypes.conv_precision()
+    dz, db = kernels.conv2d_output_grad(
+        _images(dy), undo=None if y is None or then is None else (then.name, _images(y)),
+        channel_sums=dy.dtype if needs[2] else None,
+        channels_last=(needs[0] or needs[1]) and kernels.reads_channels_last(dy, w_shape, precision),
+    )  # fmt: skip
+    dx, dw = _gradients(dy, x_shape, w_shape, formats, needs)
+    if dx is not None:
+        assert w is not None
+        kernels.conv2d_input_grad(dz, w, _images(dx), precision=precision, **g.arguments())
+    if dw is not None:
+        assert x is not None
+        kernels.conv2d_weight_grad(dz, _images(x), dw, precision=precision, **g.arguments())
+    return dx, dw, db
 
 
 class _Conv2d(torch.autograd.Function):
@@ -134,7 +177,7 @@ class _Conv2d(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.is_tensor = (True, True, b is not None, False, False, False)
         ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape = then, g, x.shape, w.shape
-        ctx.x_channels_last, ctx.w_channels_last = _is_channels_last(_images(x)), _is_channels_last(w)
+        ctx.formats = _is_channels_last(_images(x)), _is_channels_last(w)
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None, None if then is None else y)
         return y
 
@@ -145,21 +188,8 @@ class _Conv2d(torch.autograd.Function):
         needs = _dispatch.asked_for(ctx)
         if _dispatch.backward_through_torch(dy):
             return _backward_torch(ctx, dy, needs)
-        x, w, y = ctx.saved_tensors
-        precision, geometry = _dtypes.conv_precision(), ctx.geometry.arguments()
-        undo = None if y is None else (ctx.then.name, _images(y))
-        dz, db = kernels.conv2d_output_grad(
-            _images(dy), undo=undo, channel_sums=dy.dtype if needs[2] else None,
-            channels_last=(needs[0] or needs[1]) and kernels.reads_channels_last(dy, ctx.w_shape, precision),
-        )  # fmt: skip
-        dx = dw = None
-        if needs[0]:
-            dx = _empty(ctx.x_shape, dy, ctx.x_channels_last or ctx.w_channels_last)
-            kernels.conv2d_input_grad(dz, w, _images(dx), precision=precision, **geometry)
-        if needs[1]:
-            dw = _empty(ctx.w_shape, dy, ctx.w_channels_last)
-            kernels.conv2d_weight_grad(dz, _images(x), dw, precision=precision, **geometry)
-        return dx, dw, db, None, None, None
+        grads = _backward(dy, *ctx.saved_tensors, ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape, ctx.formats, needs)
+        return (*grads, None, None, None)
 
 
 def _backward_torch(ctx: Any, dy: torch.Tensor, needs: list[bool]) -> tuple[torch.Tensor | None, ...]:
@@ -275,12 +305,17 @@ def _conv2d(
     geometry = _geometry(weight.shape[2:], stride, padding, dilation, groups)
     x, w, b = _dtypes.autocast(_probe, input, weight, bias)
     assert geometry is not None and x is not None and w is not None  # _why_not has seen to it
-    if _dispatch.wants_grad(x, w, b):
+    grad = _dispatch.wants_grad(x, w, b)
+    if torch.compiler.is_compiling():
+        from . import traced  # which imports this file
+
+        return traced.conv2d(x, w, b, then, geometry, channels_last, norm, grad)
+    if grad:
         return _Conv2d.apply(x, w, b, then, geometry, channels_last)  # type: ignore[return-value]
     return _forward(x, w, b, then, geometry, channels_last, norm)
 
 
-@accelerated(twin=cast(Any, F.conv2d), why_not=cast(Any, _why_not))
+@accelerated(twin=cast(Any, F.conv2d), why_not=cast(Any, _why_not), traceable=True)
 def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -304,7 +339,7 @@ def conv2d(
     return _conv2d(input, weight, bias, stride, padding, dilation, groups, None, None, None)
 
 
-@accelerated(twin=_twin, why_not=_why_not)
+@accelerated(twin=_twin, why_not=_why_not, traceable=True)
 def conv2d_then(
     input: torch.Tensor,
     weight: torch.Tensor,

@@ -278,7 +278,7 @@ def _chain(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
     x = cast(torch.Tensor, tensors[0])
     grad = _dispatch.wants_grad(*tensors)
     if torch.compiler.is_compiling():
-        from . import traced
+        from . import traced  # which imports this file
 
         return traced.linear_chain(tensors, thens, grad)
     if grad:

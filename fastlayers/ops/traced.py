@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import linear
+from . import conv, linear
 from .pointwise import RECORDS, Pointwise
 
 Tensors = Sequence[torch.Tensor | None]
@@ -126,3 +126,110 @@ def linear_chain(tensors: Tensors, thens: Thens, grad: bool) -> torch.Tensor:
     if grad:
         return _LinearChain.apply(thens, *tensors)  # type: ignore[return-value]
     return torch.ops.fastlayers.linear_chain(tensors, _names(thens), False)[0]
+
+
+# --- Conv2d ------------------------------------------------------------------------------------------------------------
+
+_GEOMETRY = "int[] stride, int[] padding, int[] end, int[] dilation, int groups"
+_library.define(
+    f"conv2d(Tensor x, Tensor w, Tensor? b, str then, {_GEOMETRY}, bool? channels_last, Tensor?[] norm, float eps) -> Tensor"
+)
+_library.define(
+    f"conv2d_backward(Tensor dy, Tensor? x, Tensor? w, Tensor? y, str then, {_GEOMETRY},"
+    " SymInt[] x_shape, SymInt[] w_shape, bool[] formats, bool[] needs) -> Tensor[]"
+)
+
+
+def _geometry(stride: list[int], padding: list[int], end: list[int], dilation: list[int], groups: int) -> Any:
+    pairs: Any = [tuple(pair) for pair in (stride, padding, end, dilation)]
+    return conv._Geometry(*pairs, groups)
+
+
+@torch.library.impl(_library, "conv2d", "CompositeExplicitAutograd")
+def _conv2d(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: str,
+    stride: list[int], padding: list[int], end: list[int], dilation: list[int], groups: int,
+    channels_last: bool | None, norm: list[torch.Tensor | None], eps: float,
+) -> torch.Tensor:  # fmt: skip
+    g = _geometry(stride, padding, end, dilation, groups)
+    statistics = cast(Any, (*norm, eps)) if norm else None
+    return conv._forward(x, w, b, _records([then])[0], g, channels_last, statistics)
+
+
+@torch.library.register_fake("fastlayers::conv2d", lib=_library)
+def _(
+    x: torch.Tensor, w: torch.Tensor, b: Any, then: Any,
+    stride: list[int], padding: list[int], end: list[int], dilation: list[int], groups: int,
+    channels_last: bool | None, norm: Any, eps: Any,
+) -> torch.Tensor:  # fmt: skip
+    return conv._output(x, w, _geometry(stride, padding, end, dilation, groups), channels_last)
+
+
+@torch.library.impl(_library, "conv2d_backward", "CompositeExplicitAutograd")
+def _conv2d_backward(
+    dy: torch.Tensor, x: torch.Tensor | None, w: torch.Tensor | None, y: torch.Tensor | None, then: str,
+    stride: list[int], padding: list[int], end: list[int], dilation: list[int], groups: int,
+    x_shape: list[int], w_shape: list[int], formats: list[bool], needs: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """Those of dx, dw and db that are needed."""
+    g, record = _geometry(stride, padding, end, dilation, groups), _records([then])[0]
+    both = torch.Size(x_shape), torch.Size(w_shape)
+    grads = conv._backward(dy, x, w, y, record, g, both[0], both[1], (formats[0], formats[1]), needs)
+    return [grad for grad in grads if grad is not None]
+
+
+@torch.library.register_fake("fastlayers::conv2d_backward", lib=_library)
+def _(
+    dy: torch.Tensor, x: Any, w: Any, y: Any, then: Any, stride: Any, padding: Any, end: Any, dilation: Any, groups: Any,
+    x_shape: Any, w_shape: Any, formats: Any, needs: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    grads = conv._gradients(dy, x_shape, w_shape, formats, needs)
+    return [g for g in grads if g is not None] + ([dy.new_empty(w_shape[:1])] if needs[2] else [])
+
+
+def _conv_flops(y: Sequence[int], w: Sequence[int]) -> int:
+    return 2 * math.prod(y) * math.prod(w[1:])
+
+
+@register_flop_formula(torch.ops.fastlayers.conv2d)
+def _(x: Any, w: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return _conv_flops(out_shape, w)
+
+
+@register_flop_formula(torch.ops.fastlayers.conv2d_backward)
+def _(dy: Sequence[int], *rest: Any, **__: Any) -> int:
+    *_, w_shape, _formats, needs = rest
+    return _conv_flops(dy, w_shape) * (needs[0] + needs[1])
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None,
+        then: Pointwise | None, g: Any, channels_last: bool | None,
+    ) -> torch.Tensor:  # fmt: skip
+        (name,), needs = _names((then,)), ctx.needs_input_grad[:3]
+        geometry = g.stride, g.padding, g.end, g.dilation, g.groups
+        y = torch.ops.fastlayers.conv2d(x, w, b, name, *geometry, channels_last, [], 0.0)
+        ctx.options = name, *geometry, x.shape, w.shape
+        ctx.formats, ctx.needs = [conv._is_channels_last(conv._images(x)), conv._is_channels_last(w)], needs
+        ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None, y if name else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = torch.ops.fastlayers.conv2d_backward(dy, *ctx.saved_tensors, *ctx.options, ctx.formats, ctx.needs)
+        found = iter(grads)
+        return (*[next(found) if needed else None for needed in ctx.needs], None, None, None)
+
+
+def conv2d(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: Pointwise | None, g: Any, channels_last: bool | None,
+    norm: Any, grad: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The convolution and what follows it as an operator, differentiable if `grad`."""
+    if grad:
+        return _Conv2d.apply(x, w, b, then, g, channels_last)  # type: ignore[return-value]
+    geometry = g.stride, g.padding, g.end, g.dilation, g.groups
+    *statistics, eps = norm or (0.0,)
+    return torch.ops.fastlayers.conv2d(x, w, b, *_names((then,)), *geometry, channels_last, statistics, eps)
