@@ -345,7 +345,7 @@ def conv2d(
     o, c, r, s = w.shape
     oh, ow = y.shape[2:]
     bias = None if bias is None else bias.contiguous()
-    if conv_depthwise.takes(x.shape[1], w, groups):
+    if conv_depthwise.takes(w, groups):
         return conv_depthwise.conv2d(
             x, w, bias, y, stride=stride, padding=padding, dilation=dilation, then=then, norm=norm
         )
@@ -432,7 +432,7 @@ def conv2d_input_grad(
     n, _, height, width = dx.shape
     o, c, r, s = w.shape
     oh, ow = dz.shape[2:]
-    if conv_depthwise.takes(dz.shape[1], w, groups):
+    if conv_depthwise.takes(w, groups):
         return conv_depthwise.conv2d(
             dz, w, None, dx, stride=stride, padding=padding, dilation=dilation, input_grad=True
         )
@@ -483,7 +483,7 @@ def conv2d_weight_grad(
     n, _, height, width = x.shape
     o, c, r, s = dw.shape
     oh, ow = dz.shape[2:]
-    if conv_depthwise.takes(x.shape[1], dw, groups):
+    if conv_depthwise.takes(dw, groups):
         return conv_depthwise.conv2d_weight_grad(dz, x, dw, stride=stride, padding=padding, dilation=dilation)
     if _is_pointwise(dw, stride, padding, groups):
         a, b = _as_matrix(dz), _as_matrix(x)

@@ -117,9 +117,9 @@ def _depthwise_weight_grad_kernel(
     tl.store(dw_ptr + offsets, tl.sum(accumulator, axis=1), mask=(s < S)[:, None] & c_inside[None, :])
 
 
-def takes(channels: int, w: torch.Tensor, groups: int) -> bool:
-    """Whether this is one: as many groups as channels, and results."""
-    return groups > 1 and groups == channels == w.shape[0] and w.shape[3] <= 64
+def takes(w: torch.Tensor, groups: int) -> bool:
+    """Whether this is one: as many groups as channels, and as results."""
+    return groups > 1 and w.shape[1] == 1 and w.shape[0] == groups and w.shape[3] <= 64
 
 
 def conv2d(

@@ -244,6 +244,8 @@ SPECS = [
         strided=(lambda nn: nn.Conv2d(4, 6, (3, 2), stride=2, padding=(1, 0)), (2, 4, 9, 7)),
         dilated=(lambda nn: nn.Conv2d(3, 5, 3, stride=(1, 3), dilation=2, padding=2), (1, 3, 8, 10)),
         grouped=(lambda nn: nn.Conv2d(6, 4, 3, groups=2, bias=False), (2, 6, 5, 5)),
+        groups_of_two=(lambda nn: nn.Conv2d(6, 3, 2, groups=3), (2, 6, 4, 3)),
+        multiplied=(lambda nn: nn.Conv2d(3, 6, 3, padding=1, groups=3), (2, 3, 4, 5)),
         depthwise=(lambda nn: nn.Conv2d(5, 5, 3, padding=1, groups=5), (2, 5, 5, 4)),
         one=(lambda nn: nn.Conv2d(17, 7, 1), (2, 17, 3, 4)),
         one_strided=(lambda nn: nn.Conv2d(4, 6, 1, stride=2), (2, 4, 5, 6)),
