@@ -76,8 +76,8 @@ def test_more_taps_than_fit_a_word(wide: bool, device: torch.device, monkeypatch
     """A bit for each tap, in 32 or 64 of them, or none."""
     monkeypatch.setattr(_launch, "wide", lambda *tensors: wide)
     for kernel in ((4, 8), (7, 9)):
-        x, w = r(1, 16, 3, 4, device=device), r(16, 16, *kernel, device=device)
-        check(x, w, None, padding=(3, 4), stride=(2, 1))
+        x, w = r(1, 16, 3, 2, device=device), r(16, 16, *kernel, device=device)
+        check(x, w, None, padding=(3, 4), stride=2)
 
 
 def test_pixels_spread_over_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +207,9 @@ def test_boxes(
     kernel: tuple[int, int], stride: Any, dilation: Any, padding: Any, size: tuple[int, int], device: torch.device
 ) -> None:
     """Taps before and after the image, phases, images that don't fill a phase; channels that don't fill a tile."""
+    c, o = (18, 17) if kernel[0] * kernel[1] < 10 else (10, 5)
     check(
-        last(1, 18, *size).to(device), last(17, 18, *kernel).to(device), r(17, device=device),
+        last(1, c, *size).to(device), last(o, c, *kernel).to(device), r(o, device=device),
         stride=stride, dilation=dilation, padding=padding,
     )  # fmt: skip
 
@@ -275,7 +276,7 @@ def test_boxes_in_16_bits(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.usefixtures("boxes")
 def test_boxes_keep_infinities_where_they_are(device: torch.device) -> None:
     """What a box or a step reads too much is never multiplied, not even by zero."""
-    for stride, dilation in ((1, 1), (2, 1), (1, 2)):
+    for stride, dilation in ((1, 1), (2, 1)):
         x, w = last(1, 18, 5, 7).to(device), last(17, 18, 3, 3).to(device)
         x[0, 3, 2, 2] = x[0, 17, 4, 6] = x[0, 0, 0, 0] = float("inf")
         results = []
@@ -294,7 +295,7 @@ def test_boxes_keep_infinities_where_they_are(device: torch.device) -> None:
 def test_boxes_shared_out(device: torch.device, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     """A weight gradient over several programs, each with some of the boxes."""
     monkeypatch.setattr(_tiles, "device", lambda device: Device("sm_90", 24))
-    check(last(3, 2, 16, 16).to(device), last(4, 2, 2, 2).to(device), None)
+    check(last(3, 2, 10, 10).to(device), last(4, 2, 2, 2).to(device), None)
     assert launched.count("_sum_partials_kernel") == 1
 
 
@@ -338,7 +339,7 @@ def test_depthwise(
 def test_depthwise_shared_out(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "device", lambda device: Device("sm_90", 2))
     with _tiles.force(depthwise=Tile(16, 4)):
-        check(last(2, 3, 9, 8).to(device), r(3, 1, 3, 3, device=device), None, groups=3, padding=1)
+        check(last(2, 3, 9, 8).to(device), r(3, 1, 2, 3, device=device), None, groups=3)
 
 
 @pytest.mark.parametrize("way", ["pointers", "boxes", "one tap", "depthwise"])
