@@ -291,6 +291,13 @@ def test_boxes_keep_infinities_where_they_are(device: torch.device) -> None:
     torch.testing.assert_close(y, z, equal_nan=True)
 
 
+def test_no_images(device: torch.device) -> None:
+    """A descriptor of nothing doesn't exist."""
+    with _tiles.force(box=Tile(16, 32, 16)):
+        for groups in (1, 4):
+            check(r(0, 4, 5, 5, device=device), r(4, 4 // groups, 3, 3, device=device), None, groups=groups, stride=2)
+
+
 @pytest.mark.usefixtures("boxes")
 def test_boxes_shared_out(device: torch.device, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     """A weight gradient over several programs, each with some of the boxes."""
