@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -318,6 +319,26 @@ def test_a_box_wastes_little() -> None:
     assert _tiles.box(256, (256, 14, 14)) == (64, 2, 2)
     assert _tiles.box(128, (256, 7, 7)) == (128, 1, 1)
     assert _tiles.box(128, (1, 128, 128)) == (1, 1, 128)
+
+
+def test_every_pick_of_a_box_is_in_the_table() -> None:
+    """What can be picked is what CI compiles, with the depth of a step shortened for few channels."""
+    shipped = {dataclasses.replace(tile, k=k) for tile in _tiles._BOX.values() for k in (16, 32, 64) if k <= tile.k}
+    device = Device(_tiles.BOX_ARCHITECTURES[0], 132)
+    sizes = ((1, 1, 1), (1, 7, 7), (32, 56, 56), (256, 112, 112))
+    for channels, depth, images, (dtype, precision) in itertools.product(
+        (1, 16, 64, 65, 512), (3, 16, 48, 72, 512), sizes, ((torch.float16, "ieee"), (torch.float32, "tf32"))
+    ):
+        for reach, wide in itertools.product((None, 16 * depth), (False, True)):
+            tile, shape = _tiles.conv_box(channels, depth, images, 4, reach, dtype, precision, device, wide=wide)
+            assert tile in shipped
+            assert shape[0] * shape[1] * shape[2] == tile.n
+            assert reach is None or reach % tile.k == 0
+            assert not wide or tile.m * tile.n < 128 * 256
+        tile, shape, splits = _tiles.conv_box_weight_grad(channels, depth, images, 9, dtype, precision, device)
+        assert tile in shipped
+        assert shape[0] * shape[1] * shape[2] == tile.k
+        assert splits >= 1
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])

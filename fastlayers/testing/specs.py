@@ -87,7 +87,8 @@ SPECS = [
     _spec(
         "Sequential",
         "Linear or Conv2d with the activation that follows in one kernel, Conv2d with BatchNorm2d as well (in eval, where "
-        "no gradients are recorded), consecutive Linear layers in one function for autograd; indexing, slicing, append, insert, extend, nesting",
+        "no gradients are recorded), consecutive Linear layers in one function for autograd; indexing, slicing, append, "
+        "insert, extend, nesting",
         "a layer with a hook, a subclass or a forward of its own is not fused, nor its neighbours across it",
         linear_relu=(lambda nn: nn.Sequential(nn.Linear(19, 18), nn.ReLU()), (5, 19)),
         chain=(
