@@ -1,0 +1,120 @@
+"""Under torch's own distributed engines: two processes on the CPU over gloo, ours beside torch.nn in each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import fastlayers
+
+PROCESSES = 2
+
+
+def network(space: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return space.Sequential(
+        space.Conv2d(1, 4, 3), space.ReLU(), space.Flatten(),
+        space.Linear(16, 8), space.ReLU(), space.Linear(8, 6), space.ReLU(), space.Linear(6, 2),
+    )  # fmt: skip
+
+
+def train(model: torch.nn.Module, rank: int) -> list[torch.Tensor]:
+    """Three steps on this process's share of the data: the losses, then every parameter, whole."""
+    data = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(3):
+        x = torch.randn(PROCESSES * 3, 1, 4, 4, generator=data).chunk(PROCESSES)[rank]
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return losses + [p.detach() for p in parameters]
+
+
+def kernels_run(model: torch.nn.Module, *modules: str) -> None:
+    decisions = list(fastlayers.explain(model, torch.ones(3, 1, 4, 4)))
+    assert [d.path for d in decisions if "Flatten" not in d.op] == ["triton"] * (len(decisions) - 1), decisions
+    assert {d.module for d in decisions} >= set(modules), decisions
+
+
+def data_parallel(rank: int) -> None:
+    """DDP, converted before wrapping, with buckets small enough that several are reduced while backward runs."""
+    results = []
+    for space in (fastlayers.nn, torch.nn):
+        model = DistributedDataParallel(network(space), bucket_cap_mb=0.0001)
+        results.append(train(model, rank))
+        if space is fastlayers.nn:
+            kernels_run(model, "module.0 + module.1", "module.3 + module.4 + module.5 + module.6 + module.7")
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+    late = DistributedDataParallel(network(torch.nn))
+    fastlayers.accelerate(late)
+    torch.testing.assert_close(train(late, rank), results[1], rtol=1e-4, atol=1e-5)
+    kernels_run(late)
+
+
+def fully_sharded(rank: int) -> None:
+    """FSDP2 with every Linear a group of its own; it makes subclasses of our classes, which run, unfused."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    results = []
+    for space in (fastlayers.nn, torch.nn):
+        model = network(space)
+        for layer in model:
+            if isinstance(layer, torch.nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        results.append(train(model, rank))
+        if space is fastlayers.nn:
+            kernels_run(model, "0 + 1", "3", "5", "7")
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def tensor_parallel(rank: int) -> None:
+    """DTensor weights: torch's functions, for that reason, and its numbers."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    results = []
+    for space in (fastlayers.nn, torch.nn):
+        torch.manual_seed(0)
+        model = space.Sequential(space.Linear(16, 8), space.ReLU(), space.Linear(8, 6))
+        whole = model(x)
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        y = model(x)
+        y.square().sum().backward()
+        torch.testing.assert_close(y, whole)
+        results.append([y, *(p.grad.full_tensor() for p in model.parameters())])
+        if space is fastlayers.nn:
+            reasons = [d.reason for d in fastlayers.explain(model, x)]
+            assert reasons[0] == reasons[2] == "DTensor is a tensor subclass", reasons
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def worker(rank: int, run: Callable[[int], None], rendezvous: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
+    try:
+        run(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+@pytest.mark.parametrize("run", [data_parallel, fully_sharded, tensor_parallel])
+def test_distributed(run: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # on a machine with a GPU too
+    torch.multiprocessing.spawn(worker, (run, str(tmp_path / "rendezvous")), nprocs=PROCESSES)
