@@ -322,7 +322,7 @@ def cases(target: str) -> list[Case]:
             not case.force
             or "/gather" in case.name
             or ("tma" in case.name and "shared" not in case.name)
-            or ("box" in case.force and "/large" not in case.name)
+            or ("/large" not in case.name and case.kernel == "_conv_box_kernel")
         )
     ]
 

@@ -98,32 +98,6 @@ _PRODUCT_ON = {
     "sm_100": {("16", "large"): Tile(128, 256, 64, warps=8, stages=3)},
 }
 
-# Convolutions by boxes, on the GPUs that have tiled tensor descriptors (TMA). The one switch: without an architecture's
-# name here, it takes the kernels that load through pointers. m: channels of the result, n: pixels, k: channels summed.
-# In the weight gradient m: channels of x, n: channels of dz, k: pixels.
-BOX_ARCHITECTURES = ("sm_90", "sm_100")
-_BOX = {
-    ("16", "large"): Tile(128, 256, 64, warps=8, stages=4),
-    ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
-    ("16", "narrow"): Tile(64, 128, 64, warps=4, stages=3),
-    ("16", "small"): Tile(64, 64, 64, warps=4, stages=4),
-    ("16", "weight grad"): Tile(128, 128, 64, warps=8, stages=4),
-    ("16", "weight grad, wide"): Tile(128, 256, 64, warps=8, stages=3),
-    ("16", "weight grad, narrow"): Tile(64, 64, 64, warps=4, stages=4),
-    ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=4),
-    ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
-    ("tf32", "narrow"): Tile(64, 128, 32, warps=4, stages=4),
-    ("tf32", "small"): Tile(64, 64, 32, warps=4, stages=4),
-    ("tf32", "weight grad"): Tile(128, 64, 32, warps=8, stages=3),
-    ("tf32", "weight grad, narrow"): Tile(64, 64, 32, warps=4, stages=3),
-}
-_CHANNELS_LAST = {pitch: Tile(4096 // pitch, pitch, warps=8) for pitch in (1, 2, 4, 8, 16, 32, 64)}
-
-# Depthwise convolutions: m pixels, n channels; elements in a tile, by bytes of an element. In NCHW neighbouring threads
-# must take neighbouring pixels, so n is 1, and every element has an address of its own.
-_DEPTHWISE_CHANNELS_LAST = {2: 2048, 4: 1024, 8: 512}
-_DEPTHWISE_NCHW = 256
-
 # The interpreter pays per program and per step, not per element: few, large tiles.
 _INTERPRETER = Tile(128, 128, 128)
 
@@ -454,7 +428,33 @@ def conv_weight_grad(
     return tile, _splits(programs, cdiv(pixels, tile.k), device)
 
 
-# --- convolution by boxes ------------------------------------------------------------------------------------------------
+# --- convolution by boxes, and depthwise ---------------------------------------------------------------------------------
+
+# Convolutions by boxes, on the GPUs that have tiled tensor descriptors (TMA). The one switch: without an architecture's
+# name here, it takes the kernels that load through pointers. m: channels of the result, n: pixels, k: channels summed.
+# In the weight gradient m: channels of x, n: channels of dz, k: pixels.
+BOX_ARCHITECTURES = ("sm_90", "sm_100")
+_BOX = {
+    ("16", "large"): Tile(128, 256, 64, warps=8, stages=4),
+    ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
+    ("16", "narrow"): Tile(64, 128, 64, warps=4, stages=3),
+    ("16", "small"): Tile(64, 64, 64, warps=4, stages=4),
+    ("16", "weight grad"): Tile(128, 128, 64, warps=8, stages=4),
+    ("16", "weight grad, wide"): Tile(128, 256, 64, warps=8, stages=3),
+    ("16", "weight grad, narrow"): Tile(64, 64, 64, warps=4, stages=4),
+    ("tf32", "large"): Tile(128, 128, 32, warps=8, stages=4),
+    ("tf32", "medium"): Tile(128, 64, 32, warps=4, stages=3),
+    ("tf32", "narrow"): Tile(64, 128, 32, warps=4, stages=4),
+    ("tf32", "small"): Tile(64, 64, 32, warps=4, stages=4),
+    ("tf32", "weight grad"): Tile(128, 64, 32, warps=8, stages=3),
+    ("tf32", "weight grad, narrow"): Tile(64, 64, 32, warps=4, stages=3),
+}
+_CHANNELS_LAST = {pitch: Tile(4096 // pitch, pitch, warps=8) for pitch in (1, 2, 4, 8, 16, 32, 64)}
+
+# Depthwise convolutions: m pixels, n channels; elements in a tile, by bytes of an element. In NCHW neighbouring threads
+# must take neighbouring pixels, so n is 1, and every element has an address of its own.
+_DEPTHWISE_CHANNELS_LAST = {2: 2048, 4: 1024, 8: 512}
+_DEPTHWISE_NCHW = 256
 
 
 def takes_boxes(dtype: torch.dtype, precision: str, device: Device) -> bool:

@@ -1,12 +1,13 @@
-"""Convolution over images as an implicit matrix product: no im2col, no layout conversion, no padded copy.
+"""Convolution over images as an implicit matrix product: no im2col.
 
     y[n, o, p, q]  = then(bias[o] + sum_{c, r, s} x[n, c, p*stride - padding + r*dilation, ...] w[o, c, r, s])
     dx[n, c, h, v] = sum_{o, r, s} dz[n, o, (h + padding - r*dilation) / stride, ...] w[o, c, r, s]
     dw[o, c, r, s] = sum_{n, p, q} dz[n, o, p, q] x[n, c, p*stride - padding + r*dilation, ...]
 
-Each is a product of a matrix of pixels with a matrix of taps whose elements are gathered through strides, so NCHW,
-channels_last and any slice of either are the same kernel. A 1x1 convolution whose pixels lie at one stride is handed to
-`matmul` itself.
+Each is a product of a matrix of pixels with a matrix of taps. Depthwise ones have a kernel of their own (`conv_depthwise`),
+and a 1x1 convolution whose pixels lie at one stride is handed to `matmul` itself. GPUs with tiled tensor descriptors load
+boxes of pixels (`conv_box`). The kernels here gather elements through strides, so that NCHW, channels_last and any slice of
+either are the same kernel: for all other GPUs, dtypes and groups.
 """
 
 import math

@@ -367,10 +367,10 @@ def conv2d(
     groups: int,
     precision: str,
     then: str | None,
-    norm: "epilogues.Norm | None",
+    norm: epilogues.Norm | None,
 ) -> bool:
-    """As `conv.conv2d`; False, and nothing done, where a box is no way to compute it."""
-    if not _tiles.takes_boxes(x.dtype, precision, _tiles.device(x.device)):
+    """As `conv.conv2d`; False, and nothing done, where a box is no way to compute it. No descriptor holds no images."""
+    if len(x) == 0 or not _tiles.takes_boxes(x.dtype, precision, _tiles.device(x.device)):
         return False
     if _is_stem(x, w, dilation, groups):
         o, _, r, s = w.shape
@@ -397,7 +397,7 @@ def conv2d_input_grad(
     precision: str,
 ) -> bool:
     """As `conv.conv2d_input_grad`; False, and nothing done, where a box is no way to compute it."""
-    if not _tiles.takes_boxes(dz.dtype, precision, _tiles.device(dz.device)):
+    if len(dz) == 0 or not _tiles.takes_boxes(dz.dtype, precision, _tiles.device(dz.device)):
         return False
     return _launch_box(
         dz, w, dx, None, stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision,
@@ -417,19 +417,18 @@ def _launch_box(
     groups: int,
     precision: str,
     then: str | None,
-    norm: "epilogues.Norm | None",
+    norm: epilogues.Norm | None,
     input_grad: bool,
 ) -> bool:
     n, _, h, v = y.shape
     r, s = w.shape[2:]
     o, c = (w.shape[1], w.shape[0] // groups) if input_grad else (w.shape[0] // groups, min(w.shape[1], x.shape[1]))
     phases, classes = ((1, 1), stride) if input_grad else (stride, (1, 1))
-    across = groups > 1 or phases[1] > 1
     if groups > 1 and c % 16:
         return False  # a step of the sum would read the next group's channels
     x, wide = _operand(x, phases), _launch.wide(y)
     # Of the sum's steps none may reach into the next group, or out of a phase into the next one.
-    reach = math.gcd(c, x.shape[1]) if groups > 1 else x.shape[1] if across else None
+    reach = math.gcd(c, x.shape[1]) if groups > 1 else x.shape[1] if phases[1] > 1 else None
     tile, (images, rows_h, rows_w) = _tiles.conv_box(
         o, c, (n, -(-h // classes[0]), -(-v // classes[1])), groups * classes[0] * classes[1], reach, x.dtype, precision,
         _tiles.device(x.device), wide=wide,
@@ -468,7 +467,7 @@ def conv2d_weight_grad(
 ) -> bool:
     """As `conv.conv2d_weight_grad`; False, and nothing done, where a box is no way to compute it."""
     device = _tiles.device(dz.device)
-    if not _tiles.takes_boxes(dz.dtype, precision, device):
+    if len(x) == 0 or not _tiles.takes_boxes(dz.dtype, precision, device):
         return False
     target = dw
     stem = _is_stem(x, dw, dilation, groups)

@@ -283,8 +283,9 @@ SPECS = [
     ),
     _spec(
         "Sequential",
-        "Linear or Conv2d with the activation that follows in one kernel, consecutive Linear layers in one function "
-        "for autograd; indexing, slicing, append, insert, extend, nesting",
+        "Linear or Conv2d with the activation that follows in one kernel, Conv2d with BatchNorm2d as well (in eval, where "
+        "no gradients are recorded), consecutive Linear layers in one function for autograd; indexing, slicing, append, "
+        "insert, extend, nesting",
         "a layer with a hook, a subclass or a forward of its own is not fused, nor its neighbours across it",
         _sequential_flops,
         _sequential_elements,
