@@ -97,7 +97,7 @@ _PRODUCT_ON = {
     },
     "sm_100": {
         ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
-        ("tf32", "medium"): Tile(128, 64, 32, warps=8, stages=3),
+        ("tf32", "medium"): Tile(128, 64, 32, warps=8, stages=2),
     },
 }
 
