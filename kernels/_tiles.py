@@ -95,7 +95,10 @@ _PRODUCT_ON = {
         ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
         ("ieee", "small"): Tile(64, 64, 16, warps=4, stages=3),
     },
-    "sm_100": {("16", "large"): Tile(128, 256, 64, warps=8, stages=3)},
+    "sm_100": {
+        ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
+        ("tf32", "medium"): Tile(128, 64, 32, warps=8, stages=2),
+    },
 }
 
 # The interpreter pays per program and per step, not per element: few, large tiles.
