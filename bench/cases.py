@@ -67,9 +67,10 @@ def _work(call: Any) -> Work | None:
     if launcher == "matmul":
         name, make = "Linear", lambda: nn.Linear(args[1].shape[0], args[1].shape[1])
     elif launcher.startswith("conv2d"):
-        # (x, w), (dz, w, dx), (dz, x, dw)
-        direction = {"conv2d": "forward", "conv2d_input_grad": "input grad"}.get(launcher, "weight grad")
-        x, w = {"forward": (x, args[1]), "input grad": (args[2], args[1])}.get(direction, args[1:3])
+        # conv2d(x, w, ...), conv2d_input_grad(dz, w, dx), conv2d_weight_grad(dz, x, dw)
+        operands = {"conv2d": (0, 1, "forward"), "conv2d_input_grad": (2, 1, "input grad")}
+        image, weight, direction = operands.get(launcher, (1, 2, "weight grad"))
+        x, w = args[image], args[weight]
         geometry = {key: keywords[key] for key in ("stride", "padding", "dilation", "groups")}
         o, c, *kernel = w.shape
         name, make = "Conv2d", lambda: nn.Conv2d(c * geometry["groups"], o, tuple(kernel), **geometry)
