@@ -209,9 +209,9 @@ def representative(case: Case, target: str) -> bool:
     """Whether a case is in the audit that CI runs, which must end within minutes. The rule:
 
     - one dtype for each kind of arithmetic: not float16, whose code is bfloat16's with other names in it;
-    - on sm_90 everything in bfloat16 and float32, and of float64 and 64-bit offsets a quarter;
-    - on the other targets a third of what is in bfloat16 and float32, without 64-bit offsets, and without strict float32
-      but for what memory decides;
+    - on sm_90 everything in bfloat16, TF32 and what memory decides, of strict float32 half, of float64 and 64-bit offsets
+      a quarter;
+    - on the other targets a third of what is in bfloat16, TF32 and what memory decides, and nothing of the rest;
     - which ones is decided by a checksum of their names, so that a new case changes nothing for the others;
     - of every kernel at least one.
     """
@@ -225,9 +225,10 @@ def _representative(target: str) -> frozenset[str]:
         if case.dtype == torch.float16:
             return 0
         rare = case.wide or case.dtype == torch.float64
+        strict = case.arithmetic == "ieee" and bool(case.force)
         if target == "sm_90":
-            return 4 if rare else 1
-        return 0 if rare or (case.arithmetic == "ieee" and case.force) else 3
+            return 4 if rare else 2 if strict else 1
+        return 0 if rare or strict else 3
 
     shares = [(case, share(case)) for case in cases(target)]
     chosen = [c for c, one_in in shares if one_in and zlib.crc32(c.label.encode()) % one_in == 0]
