@@ -188,7 +188,8 @@ class _Conv2d(torch.autograd.Function):
         needs = _dispatch.asked_for(ctx)
         if _dispatch.backward_through_torch(dy):
             return _backward_torch(ctx, dy, needs)
-        grads = _backward(dy, *ctx.saved_tensors, ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape, ctx.formats, needs)
+        x, w, y = ctx.saved_tensors
+        grads = _backward(dy, x, w, y, ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape, ctx.formats, needs)
         return (*grads, None, None, None)
 
 

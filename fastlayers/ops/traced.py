@@ -140,9 +140,11 @@ _library.define(
 )
 
 
-def _geometry(stride: list[int], padding: list[int], end: list[int], dilation: list[int], groups: int) -> Any:
-    pairs: Any = [tuple(pair) for pair in (stride, padding, end, dilation)]
-    return conv._Geometry(*pairs, groups)
+def _geometry(
+    stride: list[int], padding: list[int], end: list[int], dilation: list[int], groups: int
+) -> conv._Geometry:
+    s, p, e, d = ((first, second) for first, second in (stride, padding, end, dilation))
+    return conv._Geometry(s, p, e, d, groups)
 
 
 @torch.library.impl(_library, "conv2d", "CompositeExplicitAutograd")
