@@ -118,9 +118,10 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
     reason = _why_not_device(first.device)
     if reason is not None:
         return reason
-    dtype = _dtypes.after_autocast(autocast, first)
+    probe = autocast if torch._C._is_any_autocast_enabled() else None
+    dtype = first.dtype if probe is None else _dtypes.after_autocast(probe, first)
     for tensor in tensors:
-        if _dtypes.after_autocast(autocast, tensor) != dtype:
+        if (tensor.dtype if probe is None else _dtypes.after_autocast(probe, tensor)) != dtype:
             return BadInput(f"tensors of {first.dtype} and {tensor.dtype}")
     return why_not_dtype(dtype)
 
@@ -240,7 +241,7 @@ def accelerated(
 
         @functools.wraps(body)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
-            if shortcut is not None and _observed() is None and _recorder is None and _policy != "torch":
+            if shortcut is not None and _policy != "torch" and _recorder is None and _observed() is None:
                 result = shortcut(*args, **kwargs)
                 if result is not None:
                     return result

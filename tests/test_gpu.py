@@ -11,12 +11,14 @@ import torch.nn.functional as F
 import fastlayers
 import fastlayers.functional as FL
 from fastlayers import nn
-from fastlayers.kernels import _tiles
+from fastlayers.kernels import _launch, _replay, _tiles
 from fastlayers.kernels._tiles import Product
 from fastlayers.kernels.matmul import matmul
 from fastlayers.testing import SPECS
 
 pytestmark = pytest.mark.gpu
+
+QUICKLY = _launch.allocate_quickly  # before the suite's NaN-filling takes its place
 
 
 def model(device: torch.device) -> torch.nn.Module:
@@ -83,6 +85,58 @@ def test_cuda_graph(device: torch.device) -> None:
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(captured, expected(net, x))
+
+
+def test_replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third call on, through Triton's launcher with addresses alone: the right numbers, on whatever stream, with
+    parameters that are trained, replaced and moved."""
+    plays = []
+    play = _replay._Take.play
+    monkeypatch.setattr(_replay._Take, "play", lambda *a: (plays.append(play(*a)), plays[-1])[1])
+    monkeypatch.setattr(_launch, "allocate_quickly", QUICKLY)
+    net = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    stream = torch.cuda.Stream()
+    for i in range(12):
+        x = torch.randn(64, 784, device=device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream if i % 2 else torch.cuda.current_stream()):
+            torch.testing.assert_close(step(net, x), expected(net, x), rtol=1e-4, atol=1e-5)
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        torch.cuda.synchronize()
+        if i == 6:
+            net[0].weight = torch.nn.Parameter(net[0].weight.detach().T.contiguous().T * 2)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    assert len(plays) > 10
+    assert all(results is not None for results in plays)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_capture(train: bool, device: torch.device) -> None:
+    """A graph gives what the module gives, for new data, in training as parameters change."""
+    net, x = model(device), torch.randn(16, 3, 6, 6, device=device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with torch.set_grad_enabled(train):
+        captured = fastlayers.capture(net, x)
+    for _ in range(4):
+        x = torch.randn_like(x)
+        y = captured(x)
+        assert y.requires_grad == train
+        torch.testing.assert_close(y, net(x))
+        if train:
+            dy = torch.randn_like(y)
+            got = torch.autograd.grad(y, list(net.parameters()), dy)
+            torch.testing.assert_close(got, torch.autograd.grad(net(x), list(net.parameters()), dy))
+            optimizer.zero_grad()
+            captured(x).square().sum().backward()
+            optimizer.step()
+    with pytest.raises(ValueError, match="captured for"):
+        captured(x[:3])
+    net.double()
+    with pytest.raises(RuntimeError, match="capture again"):
+        captured(x)
 
 
 def test_memory_does_not_grow(device: torch.device) -> None:

@@ -287,6 +287,8 @@ _apply = _dispatch.applying(_Linear)
 
 
 def _again(tensors: Tensors, thens: Thens) -> torch.Tensor | None:
+    if not _forward.takes:
+        return None
     seen = None if torch._C._is_any_autocast_enabled() else kind(tensors)
     if seen is None or tensors[0] is None:
         return None

@@ -80,6 +80,8 @@ def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | 
 
 
 def _again(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor | None:
+    if not _forward.takes:
+        return None
     seen = None if type(dim) is not int or torch._C._is_any_autocast_enabled() else kind((input,))
     if seen is None:
         return None
