@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from weakref import WeakSet
+from weakref import ReferenceType, ref
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -48,11 +48,11 @@ class Conversions:
     """What `accelerate` or `restore` did, in the order of model.named_modules(): every layer, and every container that
     was changed or could have been. Prints as a table.
 
-    The result of `accelerate` is also a context manager, which at its end restores what that call has changed.
+    The result of `accelerate` is also a context manager, for one use, which at its end restores what that call changed.
     """
 
     rows: tuple[Conversion, ...]
-    _changed: WeakSet[nn.Module] = field(repr=False)
+    _changed: tuple[ReferenceType[nn.Module], ...] = field(repr=False)
 
     def __iter__(self) -> Iterator[Conversion]:
         return iter(self.rows)
@@ -76,7 +76,8 @@ class Conversions:
 
     def __exit__(self, *_: object) -> None:
         for module in self._changed:
-            _to_torch(module)
+            if (alive := module()) is not None:
+                _to_torch(alive)
 
 
 def accelerate(model: nn.Module, include: Choices | None = None, exclude: Choices | None = None) -> Conversions:
@@ -101,17 +102,17 @@ def accelerate(model: nn.Module, include: Choices | None = None, exclude: Choice
         The report, a row for every layer.
     Raises:
         TypeError: for a model that is no module, or a choice that is none.
+        ValueError: for a pattern that no path matches. In both cases nothing was changed.
     """
     paths = _paths(model)
-    included = paths.keys() if include is None else _chosen(paths, include)
-    excluded = set() if exclude is None else _chosen(paths, exclude)
-    without, within = ({paths[path] for path in chosen} for chosen in (excluded, included))
+    within = None if include is None else _chosen(paths, include)
+    without = set() if exclude is None else _chosen(paths, exclude)
 
     def why_not(module: nn.Module) -> str | None:
         reason = _why_not(module)
-        if reason is None and module in without:
+        if reason is None and id(module) in without:
             return "excluded"
-        return "not included" if reason is None and module not in within else reason
+        return "not included" if reason is None and within is not None and id(module) not in within else reason
 
     return _convert(paths, why_not, _to_ours)
 
@@ -126,28 +127,36 @@ def restore(model: nn.Module) -> Conversions:
 
 
 def _paths(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module under every path that leads to it, parents first."""
+    """Every module, in the order of named_modules, under every name that its parents have for it. What is in it is named
+    once, after the first: there may be exponentially many ways through a model, or endless ones."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is converted, not {type(model).__name__}")
-    return dict(model.named_modules(remove_duplicate=False))
+    paths: dict[str, nn.Module] = {}
+    seen: set[int] = set()  # modules may compare as they like, or not be hashable
+
+    def walk(path: str, module: nn.Module) -> None:
+        paths[path] = module
+        if id(module) not in seen:
+            seen.add(id(module))
+            for name, child in module._modules.items():
+                if child is not None:
+                    walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
+    return paths
 
 
 def _convert(
     paths: dict[str, nn.Module], why_not: Callable[[nn.Module], str | None], change: Callable[[nn.Module], None]
 ) -> Conversions:
-    before = {module: (type(module), why_not(module)) for module in paths.values()}
-    for module, (_, reason) in before.items():
-        if reason is None:
-            change(module)
-    return Conversions(
-        tuple(
-            Conversion(path, was, type(module), reason)
-            for path, module in paths.items()
-            for was, reason in [before[module]]
-            if reason is None or isinstance(module, tuple(OURS)) or not module._modules
-        ),
-        WeakSet(module for module, (_, reason) in before.items() if reason is None),
-    )
+    modules = {id(module): module for module in paths.values()}
+    before = {key: (type(module), why_not(module)) for key, module in modules.items()}
+    changed = [modules[key] for key, (_, reason) in before.items() if reason is None]
+    for module in changed:
+        change(module)
+    rows = (Conversion(path, before[id(m)][0], type(m), before[id(m)][1]) for path, m in paths.items())
+    layers = [row for row in rows if row.changed or issubclass(row.was, tuple(OURS)) or not paths[row.path]._modules]
+    return Conversions(tuple(layers), tuple(ref(module) for module in changed))
 
 
 def _to_ours(module: nn.Module) -> None:
@@ -191,14 +200,14 @@ def _why_not_back(module: nn.Module) -> str | None:
     return None if type(module) in _TORCHS else "made a subclass since"
 
 
-def _chosen(paths: dict[str, nn.Module], choices: Choices) -> set[str]:
-    """The paths that one of the choices means, and all paths below these."""
-    several = [choices] if isinstance(choices, str) or callable(choices) else list(choices)
-    chosen: set[str] = set()
-    for path, module in paths.items():
-        above = path.rpartition(".")[0]
-        if (path and above in chosen) or any(_matches(path, module, choice) for choice in several):
-            chosen.add(path)
+def _chosen(paths: dict[str, nn.Module], choices: Choices) -> set[int]:
+    """The modules that one of the choices means, and all that is in them, by identity."""
+    chosen: set[int] = set()
+    for choice in [choices] if isinstance(choices, str) or callable(choices) else list(choices):
+        meant = [module for path, module in paths.items() if _matches(path, module, choice)]
+        if not meant and isinstance(choice, str):
+            raise ValueError(f"no module's path matches {choice!r}")
+        chosen.update(id(inner) for module in meant if id(module) not in chosen for inner in _paths(module).values())
     return chosen
 
 

@@ -109,8 +109,8 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
         return reason
     first = tensors[0]
     for tensor in tensors:
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            return f"layout is {tensor.layout}"
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            return f"layout is {'nested' if tensor.is_nested else tensor.layout}"
         if not torch.compiler.is_compiling() and tensor.is_neg():  # torch resolves it before an operator is called
             return "a lazily negated view"
         if tensor.device != first.device:
@@ -128,16 +128,16 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
 
 def _observed() -> str | None:
     """Who watches or transforms this call in a way that a kernel would escape."""
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            return None
+    if torch.compiler.is_compiling() and (not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()):
         return "torch.export traces torch's own function"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit traces torch's own function"
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
+    if torch.compiler.is_compiling():
+        return None  # Dynamo sees to what follows, and could not trace it
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces torch's own function"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active"
     if torch._C._is_torch_function_mode_enabled():
@@ -244,6 +244,8 @@ def accelerated(
     def decorate(body: Callable[P, R]) -> Callable[P, R]:
         name = body.__name__.strip("_")
         shortcut = again if MISSING is None else None
+        if again is not None:
+            again.__qualname__ = name  # what Python calls it in complaints about arguments
 
         @functools.wraps(body)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -51,9 +51,10 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
             steps.extend(member for part in parts for member in part.members)
         producer, parts = None, []
 
+    read = _declarations if torch.compiler.is_compiling() else _remembered  # Dynamo traces no cache
     everyone_is_watched = _torch._has_any_global_hook()
     for module in modules:
-        declared = vars(type(module))
+        declared = read(type(module))
         record = declared.get("pointwise")
         norm = producer is not None and _normalizes(producer, module)
         fuses = norm or record is not None or "forward_fused" in declared
@@ -80,6 +81,20 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
     return steps
 
 
+def _declarations(kind: type) -> dict[str, Any]:
+    """What a class declares itself, not one that it inherits from. (In vars(kind) Dynamo doesn't trust itself to look.)"""
+    names = ("pointwise", "forward_fused", "chains", "carry", "normalizes")
+    found = {name: getattr(kind, name, None) for name in names}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and not any(getattr(base, name, None) is value for base in kind.__bases__)
+    }
+
+
+_remembered = functools.cache(_declarations)
+
+
 def _run(producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor:
     hints: list[dict[str, Any]] = [{} for _ in parts]
     if len(parts) > 1:
@@ -99,7 +114,7 @@ def _run(producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor
 def _normalizes(producer: Any, module: Any) -> bool:
     """Whether the module only applies running statistics now, and nobody asks for gradients through them."""
     return (
-        type(module) is vars(producer).get("normalizes")
+        type(module) is getattr(producer, "normalizes", None)
         and not module.training
         and module.running_mean is not None
         and module.running_var is not None

@@ -3,6 +3,7 @@
 Every kernel has a one-dimensional grid: axis 0 reaches 2**31 - 1 programs, the other axes only 65,535.
 """
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ trace: list[str] | None = None
 
 # The interpreter keeps the running program's index and the patched language in globals.
 _interpreter = threading.Lock()
-
+os.register_at_fork(after_in_child=_interpreter._at_fork_reinit)  # whoever held it isn't there
 
 allocate: Callable[..., torch.Tensor] = torch.empty_strided
 """The only allocator: (sizes, strides, dtype=, device=) -> an uninitialised tensor. Tests put one here that fills with NaN,

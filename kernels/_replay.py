@@ -320,7 +320,10 @@ class Replayable:
                 return results
             self.takes.pop(key, None)  # the world has changed
         elif take is True:  # seen once before
-            return self._record(key, tensors, options)
+            addresses = [address for address in seen[1] if address is not None]
+            # One tensor in two places, as a tied weight, can be played but not written down: which of the two was it?
+            if len(set(addresses)) == len(addresses):
+                return self._record(key, tensors, options)
         elif take is None:
             if len(self.takes) >= LIMIT:
                 self.takes.clear()

@@ -201,6 +201,8 @@ def test_errors_leave_the_model_alone(model: torch.nn.Sequential) -> None:
     before = classes(model)
     with pytest.raises(TypeError, match="chooses modules, not 3"):
         accelerate(model, exclude=[3])
+    with pytest.raises(ValueError, match="no module's path matches 'haed'"):
+        accelerate(model, exclude=["4", "haed"])
     with pytest.raises(ZeroDivisionError):
         accelerate(model, include=lambda path, module: 1 // len(path))
     for convert in (accelerate, restore):
@@ -276,3 +278,22 @@ def test_isinstance_checks_of_other_libraries_find_them(model: torch.nn.Sequenti
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, torch.nn.Sequential(module, torch.nn.Identity()))
     assert len(list(model.parameters())) == 6
+
+
+def test_unusual_graphs_of_modules() -> None:
+    """Modules that contain each other, exponentially many paths, comparison by content."""
+
+    class Equal(torch.nn.Linear):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    first, second = torch.nn.Module(), torch.nn.Module()
+    first.inner, first.layer, second.back = second, torch.nn.Linear(2, 2), first
+    assert [row.path for row in accelerate(first).changed] == ["layer"]
+    model: torch.nn.Module = torch.nn.Linear(2, 2)
+    for _ in range(40):
+        model = torch.nn.ModuleList([model, model])
+    assert len(accelerate(model).changed) == 2  # under the two names that its parent has for it
+    unhashable = torch.nn.ModuleList([Equal(2, 2), torch.nn.Linear(2, 2), Equal(2, 2)])
+    assert [row.path for row in accelerate(unhashable).changed] == ["1"]
+    assert len(restore(unhashable).changed) == 1

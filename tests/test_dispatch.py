@@ -222,3 +222,25 @@ def test_policy_object_used_later(device: torch.device) -> None:
     fastlayers.policy("triton")
     with kept:
         assert next(iter(fastlayers.explain(FL.relu, torch.randn(3, device=device)))).path == "torch"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_nested_tensors_are_torchs(device: torch.device) -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], device=device)
+    w, b = torch.randn(5, 3, device=device), torch.randn(5, device=device)
+    with fastlayers.policy("auto"):
+        for ours, theirs in (
+            (FL.linear(nested, w, b), F.linear(nested, w, b)),
+            (FL.relu(nested), F.relu(nested)),
+            (FL.softmax(nested, -1), F.softmax(nested, -1)),
+        ):
+            for a, c in zip(ours.unbind(), theirs.unbind(), strict=True):
+                torch.testing.assert_close(a, c)
+        assert "nested" in str(fastlayers.explain(FL.relu, nested))
+
+
+def test_missing_arguments_are_named_as_torchs() -> None:
+    with pytest.raises(TypeError, match=r"^linear\(\) missing"):
+        FL.linear(torch.randn(2, 3))  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^relu\(\) got an unexpected"):
+        FL.relu(torch.randn(2, 3), nothing=1)  # type: ignore[call-arg]

@@ -38,7 +38,8 @@ class Graphs:
             if isinstance(module, torch.fx.GraphModule)
             for node in module.graph.nodes
         ]
-        self.targets.append([str(node.target) for node in nodes if node.op == "call_function"])
+        called = [str(node.target) for node in nodes if node.op == "call_function"]
+        self.targets.append([name for name in called if "functorch" not in name])  # whether a transform is active
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(graph, inputs)
@@ -176,6 +177,48 @@ def test_policy_is_looked_at_again(pair: Any, device: torch.device) -> None:
         compare(compiled, ours, theirs, x)
         assert graphs.count("linear_chain") == 0
     compare(compiled, ours, theirs, x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_transforms_inside_and_outside(backend: str, pair: Any, device: torch.device) -> None:
+    """torch.func around a layer in the graph: torch's functions, so that no derivative is lost."""
+    pair = [m[:3] for m in pair]  # torch can't compile a Hessian through LayerNorm
+    x = torch.randn(4, 6, device=device)
+    results = []
+    for model in pair:
+
+        def loss(x: torch.Tensor, model: Any = model) -> torch.Tensor:
+            return model(x).square().sum()
+
+        params = {k: v.detach() for k, v in model.named_parameters()}
+
+        def of_params(p: Any, model: Any = model) -> torch.Tensor:
+            return torch.func.functional_call(model, p, (x,)).square().sum()
+
+        calls = [
+            torch.func.grad(loss), torch.func.hessian(loss), torch.func.vmap(model),
+            lambda x, model=model: torch.func.jvp(model, (x,), (x,))[1],
+        ]  # fmt: skip
+        found = [torch.compile(call, backend=backend)(x) for call in calls]
+        found += torch.compile(torch.func.grad(of_params), backend=backend)(params).values()
+        compiled = torch.compile(model, backend=backend)
+        found.append(torch.func.vmap(compiled)(x))
+        results.append(found)
+    torch.testing.assert_close(*results)
+    assert results[0][0].abs().sum() > 0
+
+
+def test_second_derivatives_of_a_compiled_model_are_an_error(pair: Any, device: torch.device) -> None:
+    """AOTAutograd has none, for torch.nn neither."""
+    ours, _ = pair
+    x = torch.randn(4, 6, device=device, requires_grad=True)
+    compiled = torch.compile(ours, backend="aot_eager")
+    (dx,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        dx.square().sum().backward()
+    w = torch.randn(3, 6, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="can't be differentiated"):
+        torch.ops.fastlayers.linear_chain([x, w, None], [""], False)
 
 
 def test_what_the_kernels_cannot_take_is_torchs(device: torch.device) -> None:

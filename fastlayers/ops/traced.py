@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
 from . import conv, linear
@@ -21,6 +22,19 @@ Tensors = Sequence[torch.Tensor | None]
 Thens = tuple[Pointwise | None, ...]
 
 _library = torch.library.Library("fastlayers", "DEF")
+
+
+def _not_differentiable(name: str) -> None:
+    """Give an operator a kernel for autograd that raises: without one its result would silently have no gradient."""
+    operator = getattr(torch.ops.fastlayers, name).default
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves(args)):
+            raise RuntimeError(f"fastlayers::{name} can't be differentiated: it is a part of a function that can, once")
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    _library.impl(name, kernel, "Autograd")
 
 
 def _records(names: Sequence[str]) -> Thens:
@@ -94,6 +108,10 @@ def _(
     rows, flows = math.prod(x_shape[:-1]), linear._flows(needs)
     sizes = [2 * rows * n * k for n, k in zip(widths, [x_shape[-1], *widths], strict=False)]
     return sum(size * (needs[1 + 2 * i] + flows[i]) for i, size in enumerate(sizes))
+
+
+_not_differentiable("linear_chain")
+_not_differentiable("linear_chain_backward")
 
 
 class _LinearChain(torch.autograd.Function):
@@ -202,6 +220,10 @@ def _(x: Any, w: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) ->
 def _(dy: Sequence[int], *rest: Any, **__: Any) -> int:
     *_, w_shape, _formats, needs = rest
     return _conv_flops(dy, w_shape) * (needs[0] + needs[1])
+
+
+_not_differentiable("conv2d")
+_not_differentiable("conv2d_backward")
 
 
 class _Conv2d(torch.autograd.Function):
