@@ -67,6 +67,11 @@ class _Utils:
     def launch(self, *args: Any) -> None:
         pass
 
+    def fill_tma_descriptor_tiled(self, *args: Any) -> None:
+        pass
+
+    fill_tma_descriptor = fill_tma_descriptor_tiled  # triton 3.6's name
+
 
 class StubDriver:
     """A Hopper GPU that is the CPU: its tensors are the CPU's, its launches do nothing."""

@@ -278,7 +278,7 @@ def test_gpu_by_name() -> None:
 def test_flops_of_the_cases_agree_with_torchs_counter() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    case = next(case for case in cases("sm_90") if case.name.startswith("conv forward 16/small"))
+    case = next(case for case in cases("sm_90") if case.name.startswith("conv forward ieee/small"))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         torch.nn.Conv2d(256, 256, 3, stride=2, padding=1)(torch.empty(32, 256, 56, 56))
     assert case.work is not None

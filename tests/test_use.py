@@ -179,7 +179,7 @@ def test_reparametrized(change: Callable[..., Any], pair: Any, x: torch.Tensor) 
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
-        same(*(m(x) for m in pair))
+        same(*(m(x) for m in pair), rtol=1e-4, atol=1e-4)  # power iterations amplify a rounding
     for model in pair:
         for layer in (model[0], model[3]):
             if parametrize.is_parametrized(layer):
@@ -190,7 +190,7 @@ def test_reparametrized(change: Callable[..., Any], pair: Any, x: torch.Tensor) 
                 torch.nn.utils.remove_weight_norm(layer)
     assert type(pair[0][0]) is nn.Conv2d
     assert pair[0].state_dict().keys() == pair[1].state_dict().keys()
-    same(*(m(x) for m in pair))
+    same(*(m(x) for m in pair), rtol=1e-4, atol=1e-4)
 
 
 # --- parameters --------------------------------------------------------------------------------------------------------
