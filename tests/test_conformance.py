@@ -22,6 +22,7 @@ import fastlayers
 import fastlayers.functional as FL
 from fastlayers.testing import assert_within_budget, neighbours
 
+pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
 # The import would forbid everyone to set torch.backends' switches, and warns that optional packages are missing.
 with mock.patch.object(torch.backends, "disable_global_flags"), warnings.catch_warnings(action="ignore"):
     from torch.testing._internal.common_methods_invocations import op_db
