@@ -50,12 +50,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 OPS = [info for info in op_db if info.name in FUNCTIONS]
 
 # What of the databases runs on torch's functions, and why. All other samples run on the kernels.
-ON_TORCH = {
-    ("softmax", "a tensor without dimensions"),
-    ("softmax", "dtype torch.complex"),
-    ("conv2d", "a dimension of size 0 other than the batch"),
-    ("linear", "a bias of"),
-}
+ON_TORCH = {("softmax", "a tensor without dimensions")}
 
 
 def of_dtypes(infos: list[Any], dtypes: Callable[[Any], Any]) -> list[Any]:
