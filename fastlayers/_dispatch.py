@@ -128,7 +128,10 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
 
 def _observed() -> str | None:
     """Who watches or transforms this call in a way that a kernel would escape."""
-    if torch.compiler.is_compiling() and (not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()):
+    # The flag, not is_exporting(), which Dynamo takes for true in torch 2.11.
+    if torch.compiler.is_compiling() and (
+        not torch.compiler.is_dynamo_compiling() or torch.compiler._is_exporting_flag
+    ):
         return "torch.export traces torch's own function"
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform is active"

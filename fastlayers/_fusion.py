@@ -24,9 +24,6 @@ from ._dispatch import fused
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
-_PATCHED = frozenset({"forward", "_conv_forward"})
-"""Methods that people replace on a single instance."""
-
 
 @dataclass
 class _Part:
@@ -129,6 +126,7 @@ def _is_watched(module: torch.nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or not _PATCHED.isdisjoint(vars(module))
+        or "forward" in module.__dict__  # as some replace it on a single instance
+        or "_conv_forward" in module.__dict__
         or module._compiled_call_impl is not None
     )

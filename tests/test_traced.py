@@ -227,7 +227,7 @@ def test_what_the_kernels_cannot_take_is_torchs(device: torch.device) -> None:
     graphs = Graphs()
     torch.testing.assert_close(torch.compile(layer, backend=graphs, fullgraph=True)(x), layer(x))
     assert graphs.count("linear_chain") == 0
-    with pytest.raises(Exception, match="same reduction dim"):
+    with pytest.raises(Exception, match=r"same reduction dim|Attempted to call function"):
         torch.compile(nn.Linear(3, 2).to(device), backend="eager", fullgraph=True)(torch.randn(4, 5, device=device))
 
 
