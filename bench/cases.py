@@ -112,8 +112,9 @@ def _product_cases(target: str) -> Iterator[Case]:
         for dtype in _KINDS[kind]:
             calls = [("matmul", *call) for call in _matmul_calls(0, dtype, precision)]
             boxes = target in _tiles.BOX_ARCHITECTURES and kind in ("16", "tf32")
-            if not boxes:
-                calls += [("conv", *call) for call in _conv_calls(dtype, precision)]
+            # Where boxes are, pointers are for what is done before an operand is copied: _tiles.BOX_FLOPS.
+            channels, pixels = (64, 28) if boxes else (256, 56)
+            calls += [("conv", *call) for call in _conv_calls(dtype, precision, channels, pixels)]
             # What _tiles never picks: a large tile for a convolution, or where rows of an operand are summed.
             if size == "large":
                 calls = [c for c in calls if c[0] == "matmul" and "bias grad" not in c[1]]
@@ -175,12 +176,12 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
                     )
 
 
-def _conv_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
+def _conv_calls(dtype: torch.dtype, precision: str, c: int, size: int) -> Iterator[Call]:
     t, last = _maker(dtype), torch.channels_last
     geometry = _geometry(2, 1, precision)
-    x, y = t(32, 256, 56, 56).to(memory_format=last), t(32, 256, 28, 28).to(memory_format=last)
-    w = t(256, 256, 3, 3).to(memory_format=last)
-    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(256), y, then="relu", **geometry)
+    x, y = t(32, c, size, size).to(memory_format=last), t(32, c, size // 2, size // 2).to(memory_format=last)
+    w = t(c, c, 3, 3).to(memory_format=last)
+    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(c), y, then="relu", **geometry)
     yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
     yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
 

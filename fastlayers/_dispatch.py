@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
@@ -143,11 +143,24 @@ def _observed() -> str | None:
         return "torch.jit traces torch's own function"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active"
-    if torch._C._is_torch_function_mode_enabled():
-        modes = torch.overrides._get_current_function_mode_stack()
-        if not all(isinstance(mode, DeviceContext) for mode in modes):  # torch.set_default_device is one
-            return "a TorchFunctionMode is active"
+    if torch._C._is_torch_function_mode_enabled() and not _only_default_devices():
+        return "a TorchFunctionMode is active"
     return None
+
+
+def _only_default_devices() -> bool:
+    """Whether all modes that see torch's functions are torch.set_default_device's."""
+    return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _escapes_guards() -> bool:
+    """Whether somebody watches or transforms this call whom the guards of kernels/_replay.py don't know, or may not look
+    for: torch.jit writes down who reads a size. The rest of `_observed` are dispatch keys, which they compare."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or (torch._C._is_torch_function_mode_enabled() and not _only_default_devices())
+    )
 
 
 def _why_not_device(device: torch.device) -> str | None:
@@ -174,45 +187,57 @@ def _why_not_gpu(device: torch.device) -> str | None:
     return None
 
 
-def backward_through_torch(*gradients: torch.Tensor | None) -> bool:
-    """Whether a backward has to be made of torch's functions.
+def backward(work: Any, tensors: Sequence[torch.Tensor | None], options: tuple[Any, ...], dy: torch.Tensor) -> Any:
+    """What a replayable backward of the kernels returns for these tensors and options, of which `dy` came from outside; None
+    if it has to be made of torch's functions.
 
     With create_graph, grad mode is on inside a backward, and what it computes must be differentiable. Batched gradients
     (is_grads_batched, vmap) and watching modes can't look into a kernel.
     """
-    if torch.is_grad_enabled() or _observed() is not None:
+    if torch.is_grad_enabled() or _escapes_guards():
+        return None
+    results = work.again(tensors, options)
+    if results is not None:
+        return results
+    if (
+        _observed() is not None
+        or type(dy) is not torch.Tensor
+        or dy.layout is not torch.strided
+        or dy.is_neg()
+        or torch._C._functorch.is_legacy_batchedtensor(dy)  # pyright: ignore[reportAttributeAccessIssue]
+    ):
+        return None
+    return work(tensors, *options)
+
+
+def edges(needed: Sequence[bool], tensors: Sequence[Any]) -> tuple[int, ...]:
+    """Of the last arguments of a Function's forward, which of the node's edges each one's gradient leaves by; -1 for one
+    that is None or not `needed`. Edges are counted over all that are tensors."""
+    return tuple(
+        [
+            sum(t is not None for t in tensors[:i]) if need and tensor is not None else -1
+            for i, (need, tensor) in enumerate(zip(needed, tensors, strict=True))
+        ]
+    )
+
+
+def asked_for(ctx: Any, edges: Sequence[int]) -> tuple[bool, ...]:
+    """Along which of these edges this very backward must give a gradient: torch.autograd.grad may ask for a few of those
+    that require one."""
+    nodes = ctx.next_functions
+    return tuple([edge >= 0 and _will_run(nodes[edge][0]) for edge in edges])
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
         return True
-    for g in gradients:
-        if g is not None and (
-            type(g) is not torch.Tensor
-            or g.layout is not torch.strided
-            or g.is_neg()
-            or torch._C._functorch.is_legacy_batchedtensor(g)  # pyright: ignore[reportAttributeAccessIssue]
-        ):
-            return True
-    return False
-
-
-def asked_for(ctx: Any) -> list[bool]:
-    """Which arguments this very backward must give a gradient for: torch.autograd.grad may ask for a few of those that
-    require one. Needs ctx.is_tensor, a bool for each argument of forward."""
-    nodes = iter(ctx.next_functions)  # of tensors alone
-    asked: list[bool] = []
-    for needed, tensor in zip(ctx.needs_input_grad, ctx.is_tensor, strict=True):
-        node: Any = next(nodes)[0] if tensor else None
-        if needed:
-            try:
-                asked.append(torch._C._will_engine_execute_node(node))
-            except RuntimeError:  # a leaf that autograd.grad was asked for, or no engine at work
-                asked.append(True)
-        else:
-            asked.append(False)
-    return asked
 
 
 def applying(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply without its own Python, which takes half the time: it binds defaults for setup_context, which none of
-    ours has, and unwraps what functorch left behind, which `kind` (kernels/_replay.py) turns away."""
+    ours has, and unwraps what functorch left behind, which no replay takes."""
     return cast(Any, super(torch.autograd.Function, function)).apply
 
 
@@ -254,7 +279,7 @@ def accelerated(
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling():
                 return (body if traceable and why_not(*args, **kwargs) is None else twin)(*args, **kwargs)
-            if shortcut is not None and _policy != "torch" and _recorder is None and _observed() is None:
+            if shortcut is not None and _policy != "torch" and _recorder is None and not _escapes_guards():
                 result = shortcut(*args, **kwargs)
                 if result is not None:
                     return result

@@ -2,8 +2,12 @@
 
 A launcher looks at nothing of its tensors but sizes, strides, dtype, device and alignment (kernels/README.md). So what it
 allocates and launches for some tensors is what it would for any others that agree in these: `Replayable` writes it down
-the second time it sees their like, and from then on looks it up under one key, allocates, and calls Triton's compiled
-launchers with the new addresses. Of a tensor nothing is kept, neither address nor reference.
+the second time it sees their like, and from then on recognises them, allocates, and calls Triton's compiled launchers with
+the new addresses. Of a tensor nothing is kept, neither address nor reference.
+
+Recognising is what Dynamo's guards do before they run a compiled graph again, in C++: type, dispatch keys (those of modes,
+transforms and autocast among them), dtype, device, sizes, strides and requires_grad of all tensors in a fraction of what
+Python takes to read one's shape.
 
 What is not of that kind is found out while it is written down, and takes the ordinary way for good: a torch function that
 computes or copies, a view that begins elsewhere than its tensor, two arguments at one address, empty tensors, kernels
@@ -27,16 +31,27 @@ Tensors = Sequence[torch.Tensor | None]
 Results = tuple[Any, ...]
 """Tensors or None."""
 Addresses = list[Any]
-"""None, and then for each tensor its address, or None."""
-Kind = tuple[list[Any], Addresses, bool]
-Found = tuple["_Take", Addresses]
+"""None, and then each tensor's address."""
+Found = tuple["_Take", Addresses, bool]
+"""What to do again, with which addresses, and whether one of the tensors requires grad."""
+
+_Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+"""Without it nothing is replayed."""
+
+NOTHING = tuple([torch.empty(0) for _ in range(256)])
+"""Stand for None among tensors to be recognised, each in its own place: guards take neither None nor a tensor twice."""
 
 LIMIT = 4096
 """So many kinds of arguments are remembered for one function; then all are forgotten."""
 
+MAPS = 64
+"""So many addresses are remembered for each descriptor."""
+
+ALIKE = 16
+"""So many of them may agree in options and the first tensor's sizes; then the one not seen for longest is forgotten."""
+
 _HIP = torch.version.hip is not None
 _launcher = _launch.launch
-_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 
@@ -57,51 +72,62 @@ def _ordinary() -> bool:
     )
 
 
-def kind(tensors: Tensors) -> Kind | None:
-    """What a launcher may see of these, their addresses, and whether one requires grad. None unless they are plain
-    tensors (or None), of which there is nothing else to see."""
-    key: list[Any] = []
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a torch.Tensor or a Parameter and of no subclass, so that looking at it has no side effects."""
+    exact = type(tensor)
+    return exact is torch.Tensor or exact is torch.nn.Parameter
+
+
+def something(tensors: Tensors) -> list[torch.Tensor]:
+    """The tensors, with NOTHING in the place of None."""
+    return [NOTHING[i % 256] if t is None else t for i, t in enumerate(tensors)]
+
+
+class _Kind:
+    """Tensors that a launcher can't tell apart, and what it does with them: `take` is True until that is known, False if
+    it can't be done again."""
+
+    __slots__ = ("alignment", "check", "requires_grad", "take")
+
+    def __init__(self, tensors: Sequence[torch.Tensor], alignment: int):
+        sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
+        self.check = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        self.alignment = alignment
+        self.requires_grad = any(t.requires_grad for t in tensors)
+        self.take: _Take | bool = True
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> tuple[Addresses, int]:
+    """Where they lie, and all of that which Triton specialises for, as one number."""
     addresses: Addresses = [None]
-    requires_grad = False
+    alignment = 0
     for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-            addresses.append(None)
-            continue
-        exact = type(tensor)
-        if (exact is not _Parameter and exact is not _Tensor) or tensor.is_neg():
-            return None
-        try:
-            address = tensor.data_ptr()
-            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address & 15)
-        except RuntimeError:  # no memory, or no strides
-            return None
+        address = tensor.data_ptr()
         addresses.append(address)
-        if not requires_grad and tensor.requires_grad:
-            requires_grad = True
-    if _HIP:  # Triton's code for AMD differs with what 32 bits can address
-        key += [tensor is not None and tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors]
-    return key, addresses, requires_grad
+        alignment = alignment << 4 | address & 15
+        if _HIP:  # code for AMD differs with what 32 bits can address
+            alignment = alignment << 1 | (tensor.untyped_storage().nbytes() < 2**31)
+    return addresses, alignment
 
 
 class _Take:
     """What was written down of one call."""
 
-    def __init__(self, recorder: "_Recorder", result: Callable[[list[Any]], Results]):
+    memo: Any = None
+    """What whoever does it again finds worth working out only once."""
+
+    def __init__(self, recorder: "_Recorder", slots: Sequence[int]):
         self.index, self.device, self.device_type = recorder.index, recorder.device, recorder.device.type
-        self.result = result
         self.steps = recorder.steps
         kernels = {id(kernel): kernel for kernel in recorder.kernels}
         self.hooks = [kernel.pre_run_hooks for kernel in kernels.values()]
         self.driver = driver.active
+        self.results = _results(slots)
 
     def play(self, tensors: Tensors, addresses: Addresses) -> Results | None:
         """Do it again with these tensors. None if that can't be after all: nothing was done then that matters."""
-        for hooks in self.hooks:
-            if hooks:
-                return None
         active = driver.active
-        if active is not self.driver:
+        if active is not self.driver or any(self.hooks):
             return None
         if self.index == active.get_current_device():
             return self._launch(tensors, addresses, active)
@@ -120,29 +146,67 @@ class _Take:
                     return None  # compiled for what is aligned
                 held.append(tensor)
                 addresses.append(address)
-            for slot, _, fields in described:
-                # Without its __init__, which would check again what it checked then.
-                descriptor: Any = object.__new__(TensorDescriptor)
-                vars(descriptor).update(fields, base=held[slot])
-                held.append(None)
-                addresses.append(descriptor)
+            for slot, describe in described:
+                arguments = describe(held[slot], addresses[slot])
+                addresses += arguments
+                held += [None] * len(arguments)
             if packs:
                 run(programs, 1, 1, stream, function, *fixed, (*pointers(addresses), *rest))
             else:
                 run(programs, 1, 1, stream, function, *fixed, *pointers(addresses), *rest)
             for slot in dead:
                 held[slot] = None
-        return self.result(held)
+        return self.results(held)
 
     def _allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return _launch.allocate(size, stride, dtype=dtype, device=self.device)
 
 
+def _results(slots: Sequence[int]) -> Callable[[list[Any]], Results]:
+    if len(slots) > 1:
+        return operator.itemgetter(*slots)
+    (slot,) = slots
+    return lambda held: (held[slot],)
+
+
+Describe = Callable[[torch.Tensor, int], list[Any]]
+"""Of a tensor and its address, the arguments that stand for a descriptor of it."""
+
+
+def _describing(descriptor: TensorDescriptor) -> tuple[Describe, int]:
+    """As TensorDescriptor does, without its __init__, which would check again what it checked then."""
+    fields = _fields(descriptor)
+
+    def describe(base: torch.Tensor, address: int) -> list[Any]:
+        again: Any = object.__new__(TensorDescriptor)
+        vars(again).update(fields, base=base)
+        return [again]
+
+    return describe, 1
+
+
+def _describing_maps(descriptor: TensorDescriptor, meta: Any) -> tuple[Describe, int]:
+    """As Triton's launcher (3.7) does with a TensorDescriptor: CUDA's tensor map, sizes and strides. A map says nothing of
+    a tensor but its address: those of addresses that come back, of weights and from the allocator, are kept."""
+    (describe, _), maps = _describing(descriptor), {}
+    _, *rest = nvidia.make_tensordesc_arg(descriptor, meta)
+
+    def described(base: torch.Tensor, address: int) -> list[Any]:
+        found = maps.get(address)
+        if found is None:
+            if len(maps) >= MAPS:
+                maps.clear()
+            maps[address] = found = nvidia.make_tensordesc_arg(*describe(base, address), meta)[0]
+        return [found, *rest]
+
+    return described, 1 + len(rest)
+
+
 class _InterpretedTake(_Take):
     """The same, with the interpreter instead of a GPU: it wants tensors, of the sizes that the launcher gave it."""
 
-    def __init__(self, recorder: "_Recorder", result: Callable[[list[Any]], Results]):
-        self.device, self.result, self.steps = recorder.device, result, recorder.steps
+    def __init__(self, recorder: "_Recorder", slots: Sequence[int]):
+        self.device, self.results, self.steps = recorder.device, _results(slots), recorder.steps
 
     def play(self, tensors: Tensors, addresses: Addresses) -> Results | None:
         held: list[Any] = [None, *tensors]
@@ -155,7 +219,7 @@ class _InterpretedTake(_Take):
             _launch.launch(kernel, programs, *args, *rest, **meta)
             for slot in dead:
                 held[slot] = None
-        return self.result(held)
+        return self.results(held)
 
 
 class _Recorder(TorchDispatchMode):
@@ -186,25 +250,16 @@ class _Recorder(TorchDispatchMode):
         self.quiet = False
         address = tensor.data_ptr()
         self.fits = self.fits and device == self.device and address != 0 and (_launch.INTERPRETED or address % 16 == 0)
-        self.held.append(tensor)
+        self._hold(tensor)
         self.fresh.append((tuple(size), tuple(stride), dtype))
         return tensor
 
     def launched(self, kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any], compiled: Any) -> None:
         count = max((i for i, a in enumerate(args) if isinstance(a, (torch.Tensor, TensorDescriptor))), default=0) + 1
+        pointers, rest = args[:count], args[count:]
         fresh, self.fresh = tuple(self.fresh), []
-        described: list[tuple[int, Any, dict[str, Any]]] = []
-        slots: list[int] = []
-        for a in args[:count]:
-            if type(a) is TensorDescriptor:
-                fields = {name: value for name, value in vars(a).items() if name != "base"}
-                described.append((self._slot(a.base), (a.base.shape, a.base.stride()), fields))
-                slots.append(len(self.held))
-                self.held.append(None)
-            else:
-                slots.append(self._slot(a))
-        used = {*slots, *[slot for slot, *_ in described]}
-        self.fits = self.fits and -1 not in used and count > 1
+        bases = [self._slot(a.base if type(a) is TensorDescriptor else a) for a in pointers]
+        self.fits = self.fits and -1 not in bases and count > 1
         if not _launch.INTERPRETED:
             self.fits = (
                 self.fits
@@ -215,15 +270,34 @@ class _Recorder(TorchDispatchMode):
             )
         if not self.fits:
             return
+        described: list[tuple[Any, ...]] = []
+        slots: list[int] = []
         if _launch.INTERPRETED:
-            views = [(a.shape, a.stride()) if isinstance(a, torch.Tensor) else None for a in args[:count]]
-            how = (kernel, list(zip(slots, views, strict=True)), args[count:], meta)
+            for a, base in zip(pointers, bases, strict=True):
+                if type(a) is TensorDescriptor:
+                    described.append((base, (a.base.shape, a.base.stride()), _fields(a)))
+                    base = self._hold(None)
+                slots.append(base)
+            views = [(a.shape, a.stride()) if isinstance(a, torch.Tensor) else None for a in pointers]
+            how = (kernel, list(zip(slots, views, strict=True)), rest, meta)
         else:
+            run, function, fixed, packs, describing = _entry(compiled)
+            for a, base in zip(pointers, bases, strict=True):
+                if type(a) is TensorDescriptor:
+                    describe, arguments = describing(a)
+                    described.append((base, describe))
+                    slots += [self._hold(None) for _ in range(arguments)]
+                else:
+                    slots.append(base)
             named = [meta.get(p.name, p.default) for p in kernel.params[len(args) :]]
-            how = _entry(compiled, operator.itemgetter(*slots), (*args[count:], *named))
+            how = (run, function, fixed, operator.itemgetter(*slots), (*rest, *named), packs)
             self.kernels.append(kernel)
-        self.used.append(used)
+        self.used.append({*bases})
         self.steps.append((fresh, tuple(described), programs, *how))
+
+    def _hold(self, tensor: torch.Tensor | None) -> int:
+        self.held.append(tensor)
+        return len(self.held) - 1
 
     def _slot(self, argument: Any) -> int:
         """Which of the tensors a launch was given, by its address; -1 for what can't be told or is no tensor."""
@@ -244,26 +318,32 @@ class _Recorder(TorchDispatchMode):
             later = set(slots).union(*self.used[i + 1 :])
             dead = tuple(slot for slot in self.used[i] if slot >= self.inputs and slot not in later)
             self.steps[i] = (*step, dead)
-        if len(slots) == 1:
-            (slot,) = slots
-            result = lambda held: (held[slot],)  # noqa: E731
-        else:
-            result = operator.itemgetter(*slots)
-        return (_InterpretedTake if _launch.INTERPRETED else _Take)(self, result)
+        return (_InterpretedTake if _launch.INTERPRETED else _Take)(self, slots)
 
 
-def _entry(compiled: Any, pointers: Any, rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What launches a compiled kernel: a function of (x, y, z, stream, function, *fixed, *arguments), and whether it
-    takes the arguments as one tuple. No hooks, no scratch memory."""
+def _fields(descriptor: TensorDescriptor) -> dict[str, Any]:
+    """All but its tensor."""
+    return {name: value for name, value in vars(descriptor).items() if name != "base"}
+
+
+def _entry(compiled: Any) -> tuple[Any, ...]:
+    """What launches a compiled kernel: a function of (x, y, z, stream, function, *fixed, *arguments), whether it takes the
+    arguments as one tuple, and what makes its arguments of a descriptor: a function of one that returns a `Describe` and
+    how many they are. No hooks, no scratch memory."""
     run, metadata = compiled.run, compiled.packed_metadata
-    if type(run) is nvidia.CudaLauncher and hasattr(run, "arg_annotations"):
-        # As its __call__ (triton 3.7) does, 0.5 us sooner.
-        fixed = (
-            run.launch_cooperative_grid, run.launch_pdl, metadata, None, None, None, None, None,
-            run.arg_annotations, run.kernel_signature,
-        )  # fmt: skip
-        return run.launch, compiled.function, fixed, pointers, rest, True
-    return run, compiled.function, (metadata, None, None, None), pointers, rest, False
+    if type(run) is not nvidia.CudaLauncher or not hasattr(run, "arg_annotations"):
+        return run, compiled.function, (metadata, None, None, None), False, _describing
+    # As its __call__ (triton 3.7) does, 0.5 us sooner, and 3 us for each descriptor.
+    fixed = (
+        run.launch_cooperative_grid, run.launch_pdl, metadata, None, None, None, None, None,
+        run.arg_annotations, run.kernel_signature,
+    )  # fmt: skip
+    metas = getattr(compiled.metadata, "tensordesc_meta", None)
+    if not metas:
+        return run.launch, compiled.function, fixed, True, _describing
+    each = iter(metas)
+    describing = lambda descriptor: _describing_maps(descriptor, next(each))  # noqa: E731
+    return driver.active.utils.launch, compiled.function, fixed, True, describing
 
 
 def _is_about_metadata(result: Any, args: Sequence[Any]) -> bool:
@@ -285,52 +365,84 @@ class Replayable:
     """Decorates a function `work(tensors, *options) -> tensors` that only allocates and launches.
 
     Args:
-        work: of a sequence of tensors or None, all on one device, and of hashable options; returns a tuple of some that
-            it allocated, of some that it was given, and of None. Whatever else it depends on must be among the options.
+        work: of a sequence of tensors or None, all on one device and the first not None, and of hashable options; returns a
+            tuple of some that it allocated, of some that it was given, and of None. Whatever else it depends on must be
+            among the options.
     """
 
     def __init__(self, work: Callable[..., Results]):
         self.work = work
-        self.takes: dict[tuple[Any, ...], _Take | bool] = {}
+        self.kinds: dict[tuple[Any, ...], list[_Kind]] = {}
+        """By the first tensor's sizes and the options."""
+        self.count = 0
 
-    def _complete(self, key: list[Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The key, with everything else that picks depend on."""
-        key.append(options)
-        if _tiles.forced:
-            key += _tiles.forced.items()
-        return tuple(key)
-
-    def find(self, key: list[Any], *options: Any) -> _Take | None:
-        """The take for tensors of a `kind`, if there is one and nobody would miss the launches."""
-        if not self.takes or not _ordinary():
+    def find(self, tensors: Sequence[torch.Tensor], options: tuple[Any, ...]) -> Found | None:
+        """What was done for such tensors (of NOTHING in the place of None, the first a plain one), if nobody would miss the
+        launches."""
+        try:
+            key = tensors[0].shape, options, *_tiles.forced.items()
+            kinds = self.kinds.get(key)
+        except RuntimeError:  # a nested one has no shape
             return None
-        take = self.takes.get(self._complete(key, options))
-        return take if isinstance(take, _Take) else None
+        if kinds is None or not _ordinary():
+            return None
+        for kind in kinds:
+            if kind.check(*tensors):
+                addresses, alignment = _addresses(tensors)
+                if alignment != kind.alignment:
+                    continue
+                take = kind.take
+                if kind is not kinds[0]:  # other threads may be going through the list
+                    self.kinds[key] = [kind, *[k for k in kinds if k is not kind]]
+                return None if take is True or take is False else (take, addresses, kind.requires_grad)
+        return None
+
+    def again(self, tensors: Tensors, options: tuple[Any, ...]) -> Results | None:
+        """What `work` returns, if it was done for such tensors before and can be again."""
+        present = something(tensors)
+        found = self.find(present, options)
+        return None if found is None else found[0].play(present, found[1])
 
     def __call__(self, tensors: Tensors, *options: Any) -> Results:
         """What `work` returns, in the quickest way there is."""
-        seen = kind(tensors) if _ordinary() and _launch.here.listener is None else None
-        if seen is None:
-            return self.work(tensors, *options)
-        key = self._complete(seen[0], options)
-        take = self.takes.get(key)
-        if isinstance(take, _Take):
-            results = take.play(tensors, seen[1])
+        present = something(tensors)
+        found = self.find(present, options)
+        if found is not None:
+            take, addresses, _ = found
+            results = take.play(present, addresses)
             if results is not None:
                 return results
-            self.takes.pop(key, None)  # the world has changed
-        elif take is True:  # seen once before
-            addresses = [address for address in seen[1] if address is not None]
-            # One tensor in two places, as a tied weight, can be played but not written down: which of the two was it?
-            if len(set(addresses)) == len(addresses):
-                return self._record(key, tensors, options)
-        elif take is None:
-            if len(self.takes) >= LIMIT:
-                self.takes.clear()
-            self.takes[key] = True
+            self.kinds.pop((present[0].shape, options, *_tiles.forced.items()))  # the world has changed
+            return self.work(tensors, *options)
+        if _Guards is None or _launch.here.listener is not None or not _ordinary():
+            return self.work(tensors, *options)
+        return self._learn(present, tensors, options)
+
+    def _learn(self, present: list[torch.Tensor], tensors: Tensors, options: tuple[Any, ...]) -> Results:
+        """Do it the ordinary way, and the second time for tensors of a kind write it down."""
+        if not all(is_plain(t) and not t.is_neg() for t in present):
+            return self.work(tensors, *options)
+        try:
+            addresses, alignment = _addresses(present)
+        except RuntimeError:  # no memory
+            return self.work(tensors, *options)
+        key = present[0].shape, options, *_tiles.forced.items()  # on which all picks depend
+        kinds = self.kinds.get(key, [])
+        kind = next((k for k in kinds if k.alignment == alignment and k.check(*present)), None)
+        if kind is not None and kind.take is True:
+            # Two tensors at one address can be played but not written down: which of the two was it?
+            somewhere = [address for address in addresses if address]
+            if len({*somewhere}) == len(somewhere):
+                return self._record(kind, tensors, options)
+        if kind is None:
+            if self.count >= LIMIT:
+                self.kinds.clear()
+                self.count, kinds = 0, []
+            self.kinds[key] = [_Kind(present, alignment), *kinds[: ALIKE - 1]]
+            self.count += 1
         return self.work(tensors, *options)
 
-    def _record(self, key: tuple[Any, ...], tensors: Tensors, options: tuple[Any, ...]) -> Results:
+    def _record(self, kind: _Kind, tensors: Tensors, options: tuple[Any, ...]) -> Results:
         recorder = _Recorder(tensors)
         _launch.here.listener = recorder
         try:
@@ -338,5 +450,5 @@ class Replayable:
                 results = self.work(tensors, *options)
         finally:
             _launch.here.listener = None
-        self.takes[key] = recorder.take(results) or False
+        kind.take = recorder.take(results) or False
         return results

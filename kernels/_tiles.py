@@ -98,6 +98,7 @@ _PRODUCT_ON = {
     "sm_100": {
         ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
         ("tf32", "medium"): Tile(128, 64, 32, warps=8, stages=2),
+        ("tf32", "small"): Tile(64, 64, 32, warps=8, stages=3),
     },
 }
 
@@ -437,6 +438,7 @@ def conv_weight_grad(
 # name here, it takes the kernels that load through pointers. m: channels of the result, n: pixels, k: channels summed.
 # In the weight gradient m: channels of x, n: channels of dz, k: pixels.
 BOX_ARCHITECTURES = ("sm_90", "sm_100")
+BOX_FLOPS = 500_000_000  # some microseconds through pointers; a seed, not measured
 _BOX = {
     ("16", "large"): Tile(128, 256, 64, warps=8, stages=4),
     ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),
@@ -460,12 +462,14 @@ _DEPTHWISE_CHANNELS_LAST = {2: 2048, 4: 1024, 8: 512}
 _DEPTHWISE_NCHW = 256
 
 
-def takes_boxes(dtype: torch.dtype, precision: str, device: Device) -> bool:
+def takes_boxes(flops: int, dtype: torch.dtype, precision: str, device: Device) -> bool:
     """Whether convolutions of this kind load through tiled tensor descriptors. Not strict float32 nor float64, which
-    compile to a stack of kilobytes behind descriptors."""
+    compile to a stack of kilobytes behind descriptors; nor what is done before its operands are copied to where a
+    descriptor can read them."""
     if "box" in forced:
         return True
-    return device.architecture in BOX_ARCHITECTURES and _arithmetic(dtype, precision) in ("16", "tf32")
+    fits = device.architecture in BOX_ARCHITECTURES and _arithmetic(dtype, precision) in ("16", "tf32")
+    return fits and flops >= BOX_FLOPS
 
 
 @functools.lru_cache(maxsize=4096)

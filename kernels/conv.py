@@ -314,7 +314,7 @@ def _with_layout_of(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     A copy of the weight, which is small beside x, instead of a main loop without vector loads and async copies.
     """
     if x.stride(1) == 1 and w.stride(1) != 1 and w.shape[1] > 1:
-        return w.contiguous(memory_format=torch.channels_last)
+        return conv_box.channels_last(w)
     return w
 
 
@@ -381,7 +381,8 @@ def reads_channels_last(dz: torch.Tensor, w_shape: Sequence[int], precision: str
     """Whether the gradients of a convolution with this weight (O, C/groups, R, S) are computed from a dz in channels_last,
     which is copied if it isn't."""
     channels = w_shape[0] * dz.element_size() % 16 == 0 and w_shape[1] > 1
-    return channels and _tiles.takes_boxes(dz.dtype, precision, _tiles.device(dz.device))
+    flops = 2 * dz.numel() * math.prod(w_shape[1:])
+    return channels and _tiles.takes_boxes(flops, dz.dtype, precision, _tiles.device(dz.device))
 
 
 def conv2d_output_grad(

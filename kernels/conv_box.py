@@ -261,6 +261,21 @@ def channels_last(
     return y.permute(0, 3, 1, 2)
 
 
+def _unpack(packed: torch.Tensor, w: torch.Tensor) -> None:
+    """Copy the first C channels of packed (O, R, S, pitch) into w (O, C, R, S), contiguous or in channels_last."""
+    o, c, r, s = w.shape
+    if w.is_contiguous():  # as images of C rows of taps, each of a single channel
+        channels, height, pitch = 1, c, 1
+    else:
+        channels, height, pitch = c, 1, c
+    tile = _tiles.channels_last(pitch)
+    _launch.launch(
+        _channels_last_kernel, o * height * _tiles.cdiv(r * s, tile.m) * _tiles.cdiv(pitch, tile.n),
+        packed, w, channels, height, r * s, packed.stride(0), 1, 1, packed.shape[3], height, r * s, 0,
+        PITCH=pitch, WIDE=_launch.wide(packed, w), TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
+    )  # fmt: skip
+
+
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether the channels are contiguous and every pixel begins at a multiple of 16 bytes: what a descriptor reads."""
     steps = (s * x.element_size() for d, s in enumerate(x.stride()) if d != 1 and x.shape[d] > 1)
@@ -350,6 +365,11 @@ def _stem(x: torch.Tensor, s: int, out_width: int, stride: Pair, padding: int) -
     return copy.as_strided((n, s * pitch, height, out_width), (height * row, 1, row, stride[1] * pitch)), pitch
 
 
+def flops(y: torch.Tensor, w: torch.Tensor) -> int:
+    """Of the convolution with the result y (N, O, OH, OW) and the weight w (O, C/groups, R, S), and of each gradient."""
+    return 2 * y.numel() * math.prod(w.shape[1:])
+
+
 def _whole(size: int, unit: int) -> int:
     """The size, rounded up to whole units."""
     return -(-size // unit) * unit
@@ -370,7 +390,7 @@ def conv2d(
     norm: epilogues.Norm | None,
 ) -> bool:
     """As `conv.conv2d`; False, and nothing done, where a box is no way to compute it. No descriptor holds no images."""
-    if len(x) == 0 or not _tiles.takes_boxes(x.dtype, precision, _tiles.device(x.device)):
+    if len(x) == 0 or not _tiles.takes_boxes(flops(y, w), x.dtype, precision, _tiles.device(x.device)):
         return False
     if _is_stem(x, w, dilation, groups):
         o, _, r, s = w.shape
@@ -397,7 +417,7 @@ def conv2d_input_grad(
     precision: str,
 ) -> bool:
     """As `conv.conv2d_input_grad`; False, and nothing done, where a box is no way to compute it."""
-    if len(dz) == 0 or not _tiles.takes_boxes(dz.dtype, precision, _tiles.device(dz.device)):
+    if len(dz) == 0 or not _tiles.takes_boxes(flops(dz, w), dz.dtype, precision, _tiles.device(dz.device)):
         return False
     return _launch_box(
         dz, w, dx, None, stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision,
@@ -467,7 +487,7 @@ def conv2d_weight_grad(
 ) -> bool:
     """As `conv.conv2d_weight_grad`; False, and nothing done, where a box is no way to compute it."""
     device = _tiles.device(dz.device)
-    if len(x) == 0 or not _tiles.takes_boxes(dz.dtype, precision, device):
+    if len(x) == 0 or not _tiles.takes_boxes(flops(dz, dw), dz.dtype, precision, device):
         return False
     target = dw
     stem = _is_stem(x, dw, dilation, groups)
@@ -500,5 +520,5 @@ def conv2d_weight_grad(
     if splits > 1:
         sum_partials(out, target.as_strided((target.numel(),), (1,)))
     if stem:
-        dw.copy_(packed[..., : dw.shape[1]].permute(0, 3, 1, 2))
+        _unpack(packed, dw)
     return True

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import _launch, _tiles, epilogues
+from .conv_box import channels_last
 from .reduce import sum_partials
 
 Pair = tuple[int, int]
@@ -139,7 +140,7 @@ def conv2d(
     _, c, height, width = x.shape
     n, _, oh, ow = y.shape
     r, s = w.shape[2:]
-    by_channel = w[:, 0].permute(1, 2, 0).contiguous()
+    by_channel = channels_last(w.transpose(0, 1))  # (1, C, R, S): in memory (R, S, C)
     tile = _tiles.depthwise(c, x.dtype, channels_last=x.stride(1) == 1 == y.stride(1))
     _launch.launch(
         _depthwise_kernel, _tiles.cdiv(n * oh * ow, tile.m) * _tiles.cdiv(c, tile.n),

@@ -22,12 +22,25 @@ import fastlayers
 import fastlayers.functional as FL
 from bench import host
 from fastlayers import nn
-from fastlayers.kernels import _launch, _replay, _tiles, matmul, pointwise, reduce, softmax
+from fastlayers.kernels import (
+    _launch,
+    _replay,
+    _tiles,
+    conv,
+    conv_box,
+    conv_depthwise,
+    matmul,
+    pointwise,
+    reduce,
+    softmax,
+)
+from fastlayers.ops import conv as conv_op
 from fastlayers.ops import linear as linear_op
 from fastlayers.ops import pointwise as pointwise_op
 from fastlayers.ops import softmax as softmax_op
 
-KERNELS = [k for m in (matmul, pointwise, reduce, softmax) for k in vars(m).values() if hasattr(k, "device_caches")]
+MODULES = (conv, conv_box, conv_depthwise, matmul, pointwise, reduce, softmax)
+KERNELS = [k for m in MODULES for k in vars(m).values() if hasattr(k, "device_caches")]
 
 
 class Gpu(host.StubDriver):
@@ -71,7 +84,18 @@ def compile(src: Any, target: Any, options: Any, **_: Any) -> CompiledKernel:
     kernel = object.__new__(CompiledKernel)
     names = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align", "shared")
     kernel.metadata = SimpleNamespace(  # type: ignore[assignment]
-        **dict.fromkeys(names, 0), launch_cooperative_grid=False, launch_pdl=False, num_warps=4, tmem_size=None
+        **dict.fromkeys(names, 0),
+        launch_cooperative_grid=False,
+        launch_pdl=False,
+        num_warps=4,
+        tmem_size=None,
+        tensordesc_meta=[
+            dict(swizzle=3, elem_size=2, elem_type=6, block_size=kind, fp4_padded=False)
+            for kind in src.signature.values()
+            if kind.startswith("tensordesc")
+        ]
+        if host._LAUNCHES_FROM_PYTHON
+        else None,
     )
     kernel.src, kernel.name, kernel.kernel, kernel.hash = src, src.fn.__name__, b"", ""  # type: ignore[assignment]
     kernel.packed_metadata = (4, 1, 0)
@@ -94,9 +118,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 def forget() -> None:
     for kernel in KERNELS:
         kernel.device_caches.clear()
-    for op in (linear_op, pointwise_op, softmax_op):
-        op._forward.takes.clear()
-        op._backward.takes.clear()
+    for op in (conv_op, linear_op, pointwise_op, softmax_op):
+        op._forward.kinds.clear()
+        op._backward.kinds.clear()
 
 
 @contextlib.contextmanager
@@ -218,6 +242,72 @@ def test_a_replay_of_other_layers(dtype: torch.dtype, gpu: Gpu, monkeypatch: pyt
                 assert repeat < 2 or len(counted) == before + 2
                 with ordinarily():
                     assert got == seen(gpu, run, monkeypatch)
+
+
+def convolutions(dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
+    """A kernel each of those that a convolution may come to, the copies before them among them."""
+    last = torch.channels_last
+    for x_shape, w_shape, geometry in (
+        ((2, 32, 8, 8), (48, 32, 3, 3), dict(padding=1)),
+        ((2, 32, 9, 8), (48, 32, 3, 3), dict(padding=1, stride=2)),
+        ((2, 5, 9, 8), (7, 5, 3, 2), dict(padding=(1, 0), dilation=2)),
+        ((2, 32, 8, 8), (48, 32, 1, 1), {}),
+        ((2, 3, 16, 16), (16, 3, 7, 7), dict(stride=2, padding=3)),
+        ((2, 32, 8, 8), (32, 1, 3, 3), dict(padding="same", groups=32)),
+        ((2, 32, 8, 8), (32, 8, 3, 3), dict(padding=1, groups=4)),
+        ((32, 8, 8), (48, 32, 3, 3), {}),
+    ):
+        x, w, b = (torch.empty(shape, dtype=dtype) for shape in (x_shape, w_shape, w_shape[:1]))
+        for images, weights in itertools.product((False, True), repeat=2):
+            leaves = [
+                x.contiguous(memory_format=last) if images and x.dim() == 4 else x,
+                w.contiguous(memory_format=last) if weights else w,
+                b,
+            ]
+            yield [t.detach().requires_grad_() for t in leaves], geometry
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_replay_of_convolutions(dtype: torch.dtype, boxes: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies, descriptors and all. A slice of an image that begins elsewhere isn't replayed; none is here."""
+    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0 if boxes else 2**62)
+    counted = plays(monkeypatch)
+    for repeat in range(3):
+        for leaves, geometry in convolutions(dtype):
+            run = step(lambda *t, geometry=geometry: FL.conv2d(*t, **geometry), *leaves)
+            before = len(counted)
+            got = seen(gpu, run, monkeypatch)
+            assert repeat < 2 or len(counted) == before + 2
+            with ordinarily():
+                assert got == seen(gpu, run, monkeypatch)
+            assert got[0]
+
+
+def test_tensor_maps_are_made_once_for_an_address(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not host._LAUNCHES_FROM_PYTHON:
+        pytest.skip("Triton's launcher makes them itself")
+    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0)
+    x, w = (torch.empty(2, 64, 8, 8, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(2))
+    for _ in range(3):
+        FL.conv2d(x, w)
+    made: list[Any] = []
+    monkeypatch.setattr(gpu.utils, "fill_tma_descriptor_tiled", lambda *args: made.append(args) or args)
+    for _ in range(3):
+        FL.conv2d(x, w)
+    assert not made
+    others = [x.clone() for _ in range(2 * _replay.MAPS)]
+    for other in others:
+        FL.conv2d(other, w)
+    assert len({args[0] for args in made}) == len(others)
+    (maps,) = {
+        len(cell.cell_contents)
+        for kinds in conv_op._forward.kinds.values()
+        for _, describe in kinds[0].take.steps[0][1]  # type: ignore[union-attr]
+        for cell in describe.__closure__
+        if isinstance(cell.cell_contents, dict) and len(cell.cell_contents) > 1
+    }
+    assert maps <= _replay.MAPS
 
 
 def test_a_chain_is_two_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +478,7 @@ def test_tensors_of_one_storage(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(counted) == 2
     with ordinarily():
         assert got == seen(gpu, lambda: FL.linear(x, w, b), monkeypatch)
-    linear_op._forward.takes.clear()
+    linear_op._forward.kinds.clear()
     for _ in range(4):
         got = seen(gpu, lambda: FL.linear(x, x), monkeypatch)
     assert len(counted) == 2

@@ -9,13 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastlayers
@@ -204,6 +206,148 @@ def test_the_switches_are_read_at_every_call(plays: list[None], device: torch.de
     assert len(plays) > before + 1
 
 
+def test_convolutions_go_stale_no_more_than_others(plays: list[None], device: torch.device) -> None:
+    """Images and weights of other formats, sizes and options in turn, geometry given in every way that torch takes."""
+    last = torch.channels_last
+    w, b = torch.randn(8, 4, 3, 3, device=device), torch.randn(8, device=device)
+    for _ in range(4):
+        for shape, options in (
+            ((2, 4, 6, 7), {}), ((2, 4, 6, 7), dict(padding=1)), ((2, 4, 6, 7), dict(padding="same", dilation=(1, 2))),
+            ((2, 4, 6, 7), dict(stride=(2, 1), padding=[1, 0])), ((4, 6, 7), dict(stride=2)), ((1, 4, 9, 9), dict(padding=1)),
+        ):  # fmt: skip
+            for x_format, w_format, bias in ((None, None, b), (last, None, None), (last, last, b)):
+                x, weight = torch.randn(shape, device=device), w + torch.randn_like(w)
+                x = x.contiguous(memory_format=x_format) if x_format and x.dim() == 4 else x
+                weight = weight.contiguous(memory_format=w_format) if w_format else weight
+                leaves = [t.requires_grad_() for t in (x, weight)]
+                ours, theirs = (f.conv2d(*leaves, bias, **options) for f in (FL, F))  # type: ignore[attr-defined]
+                assert ours.stride() == theirs.stride()
+                dy = torch.randn_like(theirs)
+                both = [[y.detach(), *torch.autograd.grad(y, leaves, dy)] for y in (ours, theirs)]
+                for mine, right in zip(*both, strict=True):
+                    torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4)
+    assert len(plays) > 60
+    with pytest.raises((TypeError, RuntimeError), match="stride"):
+        FL.conv2d(torch.randn(2, 4, 6, 7, device=device), w, b, (2.0, 1.0), [1, 0])  # type: ignore[arg-type]
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class _Overridden(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class _Logged(torch.Tensor):
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+LAYERS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]]] = {
+    "linear": (FL.linear, ((4, 6), (5, 6), (5,))),
+    "conv2d": (FL.conv2d, ((2, 3, 5, 5), (4, 3, 2, 2), (4,))),
+    "relu": (FL.relu, ((4, 6),)),
+    "softmax": (lambda x: FL.softmax(x, -1), ((4, 6),)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_replay_escapes_nobody(name: str, grad: bool, plays: list[None], device: torch.device) -> None:
+    """Once replays go on, whoever begins to watch or to transform a call is noticed at once, and nobody afterwards."""
+    fastlayers.policy("auto")
+    layer, shapes = LAYERS[name]
+    tensors = [torch.randn(shape, device=device, requires_grad=grad) for shape in shapes]
+    twin = {"linear": F.linear, "conv2d": F.conv2d, "relu": F.relu, "softmax": lambda x: F.softmax(x, -1)}[name]
+    x, *rest = tensors
+
+    def replays(call: Callable[[], object]) -> int:
+        before = len(plays)
+        call()
+        return len(plays) - before
+
+    for _ in range(3):
+        layer(*tensors)
+    assert replays(lambda: layer(*tensors)) == 1
+    right = twin(*tensors)
+    for mode in (_Dispatched(), _Overridden()):
+        with mode:
+            assert replays(lambda: layer(*tensors)) == 0
+        assert mode.seen
+    sub = x.detach().as_subclass(_Logged)
+    _Logged.seen.clear()
+    assert replays(lambda: layer(sub, *rest)) == 0
+    assert len(_Logged.seen) == 1  # the operation, and not what we looked at to find out
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert replays(lambda: layer(dual, *rest)) == 0
+        assert torch.autograd.forward_ad.unpack_dual(layer(dual, *rest)).tangent is not None
+    assert replays(lambda: torch.func.vmap(lambda v: layer(v, *rest))(torch.stack([x, x]))) == 0
+    slope = lambda f: torch.func.grad(lambda v: f(v, *rest).square().sum())(x.detach())  # noqa: E731
+    assert replays(lambda: slope(layer)) == 0
+    torch.testing.assert_close(slope(layer), slope(twin))
+    # Tensors that the transform doesn't see, within one.
+    assert replays(lambda: torch.func.vmap(lambda v: v + layer(*tensors).sum())(torch.ones(2, device=device))) == 0
+    inputs = tuple(t.detach() for t in tensors)
+    assert replays(lambda: torch.jit.trace(lambda *ts: layer(*ts), inputs, check_trace=False)) == 0
+    negative = torch._neg_view(-x.detach())
+    assert replays(lambda: torch.testing.assert_close(layer(negative, *rest), right)) == 0
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert layer(*tensors).dtype == twin(*tensors).dtype
+    with fastlayers.policy("torch"):
+        assert replays(lambda: layer(*tensors)) == 0
+    with torch.inference_mode():
+        for _ in range(4):
+            assert layer(*tensors).is_inference()
+    with torch.no_grad():
+        for _ in range(4):
+            y = layer(*tensors)
+        assert not y.requires_grad
+    assert replays(lambda: layer(*tensors)) == 1
+    assert layer(*tensors).requires_grad is grad
+    assert (layer(*tensors).grad_fn is not None) is grad
+    if not grad:
+        assert layer(x.clone().requires_grad_(), *rest).requires_grad
+        return
+    for _ in range(3):
+        torch.autograd.grad(layer(*tensors), tensors, torch.ones_like(right))
+    for order in (1, 2):  # forward and backward replayed; then only what need not be differentiated
+        y = layer(*tensors)
+        before = len(plays)
+        (dx, *_) = torch.autograd.grad(y, tensors, right.detach(), create_graph=order == 2)
+        assert (len(plays) - before, dx.requires_grad) == ((1, False) if order == 1 else (0, True))
+    many = torch.randn(3, *right.shape, device=device)
+    before = len(plays)
+    batched = torch.autograd.grad(layer(*tensors), tensors, many, is_grads_batched=True)
+    assert len(plays) == before + 1
+    expected = torch.autograd.grad(twin(*tensors), tensors, many, is_grads_batched=True)
+    for a, b in zip(batched, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_guards_are_there() -> None:
+    """Without them nothing is replayed: a version of torch that lacks them must be noticed."""
+    assert _replay._Guards is not None
+
+
 def test_in_place(plays: list[None], device: torch.device) -> None:
     """The result is the input, and autograd is told, replayed or not."""
     for _ in range(4):
@@ -260,7 +404,7 @@ def test_what_else_than_launching_is_not_replayed(work: Work, plays: list[None],
         for a, b in zip(replayable((x,)), work((x,)), strict=True):
             assert torch.equal(a, b)
     assert not plays
-    assert list(replayable.takes.values()) == [False]
+    assert [kind.take for kinds in replayable.kinds.values() for kind in kinds] == [False]
 
 
 def test_results_and_options_are_told_apart(plays: list[None], device: torch.device) -> None:
@@ -281,7 +425,7 @@ def test_results_and_options_are_told_apart(plays: list[None], device: torch.dev
             for a, b in zip(got, want, strict=True):
                 assert a is b if b is None or b is x or b is y else torch.equal(a, b)  # type: ignore[arg-type]
     assert len(plays) == 4
-    assert len(replayable.takes) == 2
+    assert len(replayable.kinds) == 2
 
 
 @triton.jit
@@ -313,7 +457,7 @@ def test_forgets_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch, dev
         x = torch.randn(n, device=device)
         for _ in range(3):
             assert torch.equal(replayable((x,))[0], x.relu())
-        assert len(replayable.takes) <= 5
+        assert len(replayable.kinds) <= 5
 
 
 def test_an_error_leaves_no_recording_behind(device: torch.device) -> None:
@@ -348,7 +492,7 @@ def test_bench_host(tmp_path: Path) -> None:
         for side in ("torch", "ours"):
             assert 0 < row[side]["p20"] <= row[side]["median"] <= row[side]["p80"]
         assert row["case"] in done.stdout
-    assert figures["parts"]["the whole call"]["median"] > figures["parts"]["the look-up"]["median"]
+    assert figures["parts"]["the whole call"]["median"] > figures["parts"]["recognising the tensors"]["median"]
     done = subprocess.run(
         command, cwd=ROOT, env=clean(TRITON_INTERPRET="1"), capture_output=True, text=True, check=False
     )

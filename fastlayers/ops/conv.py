@@ -3,29 +3,30 @@ dz = f'(y) dy, dx and dw by the transposed and the correlated convolution, db = 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
 from .. import _dispatch, _dtypes
-from .._dispatch import BadInput, accelerated
+from .._dispatch import BadInput, accelerated, replayable
 from .pointwise import Pointwise
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
     from ..kernels import _launch, epilogues
     from ..kernels import conv as kernels
+    from ..kernels._replay import Found, is_plain, something
 
+Tensors = Sequence[torch.Tensor | None]
 Size = int | Sequence[int]
 Pair = tuple[int, int]
 Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]
 """Running mean and variance, weight and bias, eps: what torch.nn.functional.batch_norm applies in eval."""
 
 
-@dataclass(frozen=True)
-class _Geometry:
+class _Geometry(NamedTuple):
     """`padding` above and to the left, `end` below and to the right: they differ only for "same" with even kernels."""
 
     stride: Pair
@@ -104,21 +105,25 @@ def _output(x: torch.Tensor, w: torch.Tensor, g: _Geometry, channels_last: bool 
     return _empty((*x.shape[:-3], w.shape[0], *size), x, channels_last)
 
 
+@replayable
 def _forward(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    b: torch.Tensor | None,
+    tensors: Tensors,
     then: Pointwise | None,
     g: _Geometry,
     channels_last: bool | None,
-    norm: Norm | None = None,
-) -> torch.Tensor:
+    eps: float | None,
+    precision: str,
+) -> tuple[torch.Tensor]:
+    """Of x, w and b, and the four tensors of a normalisation if there is an eps."""
+    x, w, b, *statistics = tensors
+    assert x is not None and w is not None
     y = _output(x, w, g, channels_last)
+    norm = None if eps is None else epilogues.Norm(*cast(Any, statistics), eps)
     kernels.conv2d(
-        _images(x), w, b, _images(y), then=None if then is None else then.name,
-        norm=None if norm is None else epilogues.Norm(*norm), precision=_dtypes.conv_precision(), **g.arguments(),
+        _images(x), w, b, _images(y), then=None if then is None else then.name, norm=norm, precision=precision,
+        **g.arguments(),
     )  # fmt: skip
-    return y
+    return (y,)
 
 
 def _gradients(
@@ -130,20 +135,20 @@ def _gradients(
     return dx, _empty(w_shape, dy, w_channels_last) if needs[1] else None
 
 
+@replayable
 def _backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    w: torch.Tensor | None,
-    y: torch.Tensor | None,
+    tensors: Tensors,
     then: Pointwise | None,
     g: _Geometry,
     x_shape: torch.Size,
     w_shape: torch.Size,
     formats: tuple[bool, bool],
-    needs: Sequence[bool],
+    needs: tuple[bool, ...],
+    precision: str,
 ) -> tuple[torch.Tensor | None, ...]:
     """dx, dw and db, as far as needed, of dy and what was saved."""
-    precision = _dtypes.conv_precision()
+    dy, x, w, y = tensors
+    assert dy is not None
     dz, db = kernels.conv2d_output_grad(
         _images(dy), undo=None if y is None or then is None else (then.name, _images(y)),
         channel_sums=dy.dtype if needs[2] else None,
@@ -159,6 +164,18 @@ def _backward(
     return dx, dw, db
 
 
+class _Plan(NamedTuple):
+    """What follows, for forward and backward, from the kind of tensors and the options."""
+
+    then: Pointwise | None
+    g: _Geometry
+    x_shape: torch.Size
+    w_shape: torch.Size
+    formats: tuple[bool, bool]
+    edges: tuple[int, ...]
+    """Of x, w and b; see `_dispatch.edges`."""
+
+
 class _Conv2d(torch.autograd.Function):
     """x (N, C, H, W) or (C, H, W), w (O, C/groups, R, S), b (O,) -> y. One pass makes dz and db, one kernel each dx, dw."""
 
@@ -171,38 +188,48 @@ class _Conv2d(torch.autograd.Function):
         then: Pointwise | None,
         g: _Geometry,
         channels_last: bool | None,
+        found: Found | None,
     ) -> torch.Tensor:
-        y = _forward(x, w, b, then, g, channels_last)
-        needs = ctx.needs_input_grad
+        tensors, needs = (x, w, b), ctx.needs_input_grad
+        results = found and found[0].play(tensors, found[1])
+        (y,) = results or _forward(tensors, then, g, channels_last, None, _precision(x))
+        plan = found and found[0].memo
+        if plan is None:
+            formats = _is_channels_last(_images(x)), _is_channels_last(w)
+            plan = _Plan(then, g, x.shape, w.shape, formats, _dispatch.edges(needs[:3], tensors))
+            if found is not None:  # for whose kind of tensors it is always the same
+                found[0].memo = plan
         ctx.set_materialize_grads(False)
-        ctx.is_tensor = (True, True, b is not None, False, False, False)
-        ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape = then, g, x.shape, w.shape
-        ctx.formats = _is_channels_last(_images(x)), _is_channels_last(w)
+        ctx.plan = plan
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None, None if then is None else y)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
-            return None, None, None, None, None, None
-        needs = _dispatch.asked_for(ctx)
-        if _dispatch.backward_through_torch(dy):
-            return _backward_torch(ctx, dy, needs)
-        x, w, y = ctx.saved_tensors
-        grads = _backward(dy, x, w, y, ctx.then, ctx.geometry, ctx.x_shape, ctx.w_shape, ctx.formats, needs)
-        return (*grads, None, None, None)
+            return (None,) * 7
+        *options, edges = plan = ctx.plan
+        needs, saved = _dispatch.asked_for(ctx, edges), ctx.saved_tensors
+        grads = _dispatch.backward(_backward, (dy, *saved), (*options, needs, _precision(dy)), dy)
+        if grads is None:
+            grads = _backward_torch(dy, saved, plan, needs)
+        return (*grads, None, None, None, None)
 
 
-def _backward_torch(ctx: Any, dy: torch.Tensor, needs: list[bool]) -> tuple[torch.Tensor | None, ...]:
+def _precision(x: torch.Tensor) -> str:
+    return _dtypes.conv_precision() if x.dtype is torch.float32 else "ieee"
+
+
+def _backward_torch(dy: torch.Tensor, saved: Tensors, plan: _Plan, needs: Sequence[bool]) -> tuple[Any, ...]:
     """The same in differentiable functions of torch."""
-    x, w, y = ctx.saved_tensors
-    g = ctx.geometry
+    x, w, y = saved
+    then, g, x_shape, w_shape, *_ = plan
     with torch.autocast(dy.device.type, enabled=False):
-        dz = dy if y is None else ctx.then.torch_grad(dy, y)
+        dz = dy if y is None or then is None else then.torch_grad(dy, y)
         db = dz.sum([d for d in range(dz.dim()) if d != dz.dim() - 3]) if needs[2] else None
         # A tensor that isn't needed only lends its shape.
-        x = dy.new_zeros(()).expand(ctx.x_shape) if x is None else x
-        w = dy.new_zeros(()).expand(ctx.w_shape) if w is None else w
+        x = dy.new_zeros(()).expand(x_shape) if x is None else x
+        w = dy.new_zeros(()).expand(w_shape) if w is None else w
         padding = g.padding
         if g.padding != g.end:
             x = F.pad(x, (g.padding[1], g.end[1], g.padding[0], g.end[0]))
@@ -213,9 +240,9 @@ def _backward_torch(ctx: Any, dy: torch.Tensor, needs: list[bool]) -> tuple[torc
         )  # fmt: skip
         if dx is not None:
             if g.padding != g.end:
-                dx = dx.narrow(2, g.padding[0], ctx.x_shape[-2]).narrow(3, g.padding[1], ctx.x_shape[-1])
-            dx = dx.reshape(ctx.x_shape)
-        return dx, dw, db, None, None, None
+                dx = dx.narrow(2, g.padding[0], x_shape[-2]).narrow(3, g.padding[1], x_shape[-1])
+            dx = dx.reshape(x_shape)
+        return dx, dw, db
 
 
 def _why_not(
@@ -312,11 +339,62 @@ def _conv2d(
 
         return traced.conv2d(x, w, b, then, geometry, channels_last, norm, grad)
     if grad:
-        return _Conv2d.apply(x, w, b, then, geometry, channels_last)  # type: ignore[return-value]
-    return _forward(x, w, b, then, geometry, channels_last, norm)
+        return _Conv2d.apply(x, w, b, then, geometry, channels_last, None)  # type: ignore[return-value]
+    statistics, eps = (norm[:4], norm[4]) if norm is not None else ((), None)
+    return _forward((x, w, b, *statistics), then, geometry, channels_last, eps, _precision(x))[0]
 
 
-@accelerated(twin=cast(Any, F.conv2d), why_not=cast(Any, _why_not), traceable=True)
+_apply = _dispatch.applying(_Conv2d)
+_known_geometry = functools.lru_cache(_geometry)
+
+
+def _is_exact(size: Any) -> bool:
+    """Whether it is of ints, or a word: to a cache True and 1.0 are 1 as well, but not to torch."""
+    kind = type(size)
+    return kind is int or kind is str or (kind is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int)
+
+
+def _again(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    then: Pointwise | None = None,
+    norm: Norm | None = None,
+    channels_last: bool | None = None,
+) -> torch.Tensor | None:
+    if not is_plain(input) or not is_plain(weight) or torch._C._is_any_autocast_enabled():
+        return None
+    if not (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation) and type(groups) is int):
+        return None
+    g = _known_geometry(weight.shape[2:], stride, padding, dilation, groups)
+    statistics, eps = (norm[:4], norm[4]) if norm is not None else ((), None)
+    present = something((input, weight, bias, *statistics))
+    found = _forward.find(present, (then, g, channels_last, eps, _precision(input)))
+    if found is None:
+        return None
+    if found[2] and torch.is_grad_enabled():
+        return None if norm is not None else _apply(input, weight, bias, then, g, channels_last, found)
+    results = found[0].play(present, found[1])
+    return None if results is None else results[0]
+
+
+def _conv2d_again(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> torch.Tensor | None:
+    return _again(input, weight, bias, stride, padding, dilation, groups)
+
+
+@accelerated(twin=cast(Any, F.conv2d), why_not=cast(Any, _why_not), again=_conv2d_again, traceable=True)
 def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -340,7 +418,7 @@ def conv2d(
     return _conv2d(input, weight, bias, stride, padding, dilation, groups, None, None, None)
 
 
-@accelerated(twin=_twin, why_not=_why_not, traceable=True)
+@accelerated(twin=_twin, why_not=_why_not, again=_again, traceable=True)
 def conv2d_then(
     input: torch.Tensor,
     weight: torch.Tensor,

@@ -20,7 +20,7 @@ from .pointwise import Pointwise
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
     from ..kernels import _launch
-    from ..kernels._replay import Found, kind
+    from ..kernels._replay import NOTHING, Found, is_plain, something
     from ..kernels.matmul import matmul
     from ..kernels.reduce import activation_grad
 
@@ -60,14 +60,17 @@ def _forward(tensors: Tensors, thens: Thens, precision: str, keep: bool) -> tupl
     return tuple(outputs)
 
 
-class _Saving(NamedTuple):
-    """What to keep for backward, as far as it follows from which gradients may be asked for."""
+class _Plan(NamedTuple):
+    """What follows, for forward and backward, from which tensors there are and which of their gradients may be asked for."""
 
+    thens: Thens
     choose: Callable[[tuple[Any, ...]], tuple[torch.Tensor | None, ...]] | None
     """Of None, x, the parameters and the outputs: those to save, as x, weights, outputs, or None in its place. None if
     there are none: nothing is saved for a bias alone, and such a graph may be gone through twice, as torch's."""
     hidden: tuple[int, ...]
     """Which outputs but the last are among them."""
+    edges: tuple[int, ...]
+    """Of x and the parameters; see `_dispatch.edges`."""
 
 
 def _keeps(thens: Thens, needs: Sequence[bool], flows: Sequence[bool], i: int) -> bool:
@@ -75,8 +78,7 @@ def _keeps(thens: Thens, needs: Sequence[bool], flows: Sequence[bool], i: int) -
     return (thens[i] is not None and flows[i + 1]) or (i + 1 < len(thens) and needs[3 + 2 * i])
 
 
-@functools.cache
-def _saving(thens: Thens, needs: tuple[bool, ...]) -> _Saving:
+def _plan(thens: Thens, needs: Sequence[bool], tensors: Tensors) -> _Plan:
     """Of x and the parameters of each stage: `needs` says whose gradients may be asked for."""
     count = len(thens)
     flows = _flows(needs)
@@ -86,7 +88,9 @@ def _saving(thens: Thens, needs: tuple[bool, ...]) -> _Saving:
     weights = [2 + 2 * i if flows[i] else 0 for i in range(count)]
     outputs = [first + i if kept[i] else 0 for i in range(count)]
     places = (x, *weights, *outputs)
-    return _Saving(operator.itemgetter(*places) if any(places) else None, tuple(i for i in range(count - 1) if kept[i]))
+    hidden = tuple([i for i in range(count - 1) if kept[i]])
+    choose = operator.itemgetter(*places) if any(places) else None
+    return _Plan(thens, choose, hidden, _dispatch.edges(needs, tensors))
 
 
 class _Linear(torch.autograd.Function):
@@ -105,12 +109,16 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         tensors = (x, *params)
         outputs = found and found[0].play(tensors, found[1])
+        plan = found and found[0].memo
         if outputs is None:
-            outputs = _forward(tensors, thens, _precision(x), True)
-        choose, hidden = _saving(thens, ctx.needs_input_grad[2:])
+            outputs = _forward(tensors, thens, _precision(x), len(thens) > 1)
+        if plan is None:
+            plan = _plan(thens, ctx.needs_input_grad[2:], tensors)
+            if found is not None:  # for whose kind of tensors it is always the same
+                found[0].memo = plan
+        _, choose, hidden, _ = plan
         ctx.set_materialize_grads(False)
-        ctx.thens, ctx.x_shape, ctx.hidden, ctx.saves = thens, x.shape, hidden, choose is not None
-        ctx.is_tensor = (False, False, *[t is not None for t in tensors])
+        ctx.plan, ctx.x_shape = plan, x.shape
         if choose is not None:
             ctx.save_for_backward(*choose((None, *tensors, *outputs)))
         if not hidden:
@@ -121,14 +129,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor | None, *dhidden: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None and all(d is None for d in dhidden):
             return (None,) * len(ctx.needs_input_grad)
-        needs = tuple(_dispatch.asked_for(ctx)[2:])
-        saved = ctx.saved_tensors if ctx.saves else (None,) * (1 + 2 * len(ctx.thens))
+        thens, choose, hidden, edges = ctx.plan
+        needs = _dispatch.asked_for(ctx, edges)
+        saved = ctx.saved_tensors if choose is not None else (None,) * (1 + 2 * len(thens))
         # A hidden output has a gradient of its own only in a second derivative.
-        if dy is None or dhidden.count(None) != len(dhidden) or _dispatch.backward_through_torch(dy):
-            hidden = dict(zip(ctx.hidden, dhidden, strict=True))
-            grads = _backward_torch(dy, hidden, saved, ctx.thens, ctx.x_shape, needs)
+        if dy is None or dhidden.count(None) != len(dhidden):
+            grads = None
         else:
-            grads = _backward((dy, *saved), ctx.thens, ctx.x_shape, needs, _precision(dy))
+            options = thens, ctx.x_shape, needs, _precision(dy)
+            grads = _dispatch.backward(_backward, (dy, *saved), options, dy)
+        if grads is None:
+            extra = dict(zip(hidden, dhidden, strict=True))
+            grads = _backward_torch(dy, extra, saved, thens, ctx.x_shape, needs)
         return (None, None, *grads)
 
 
@@ -283,7 +295,7 @@ def _chain(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
         return traced.linear_chain(tensors, thens, grad)
     if grad:
         return _Linear.apply(thens, None, *tensors)[0]  # type: ignore[index]
-    return _forward(tensors, thens, _precision(x), False)[0]
+    return _forward(tensors, thens, _precision(x), False)[-1]
 
 
 def _tensors(input: torch.Tensor, stages: Sequence[Stage]) -> list[torch.Tensor | None]:
@@ -296,29 +308,28 @@ def _tensors(input: torch.Tensor, stages: Sequence[Stage]) -> list[torch.Tensor 
 _apply = _dispatch.applying(_Linear)
 
 
-def _again(tensors: Tensors, thens: Thens) -> torch.Tensor | None:
-    if not _forward.takes:
+def _again(tensors: Tensors, present: Sequence[torch.Tensor], thens: Thens) -> torch.Tensor | None:
+    x = present[0]
+    if not is_plain(x) or torch._C._is_any_autocast_enabled():
         return None
-    seen = None if torch._C._is_any_autocast_enabled() else kind(tensors)
-    if seen is None or tensors[0] is None:
+    keep = len(thens) > 1 and torch.is_grad_enabled()
+    found = _forward.find(present, (thens, _precision(x), keep))
+    if found is None:
         return None
-    key, addresses, grad = seen
-    grad = grad and torch.is_grad_enabled()
-    take = _forward.find(key, thens, _precision(tensors[0]), grad)
-    if take is None:
-        return None
-    if grad:
-        return _apply(thens, (take, addresses), *tensors)[0]
-    results = take.play(tensors, addresses)
-    return None if results is None else results[0]
+    if found[2] and torch.is_grad_enabled():
+        return _apply(thens, found, *tensors)[0]
+    results = found[0].play(present, found[1])
+    return None if results is None else results[-1]
 
 
 def _linear_again(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-    return _again((input, weight, bias), _LONE)
+    tensors = (input, weight, bias)
+    return _again(tensors, (input, weight, NOTHING[2]) if bias is None else tensors, _LONE)  # type: ignore[arg-type]
 
 
 def _chain_again(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor | None:
-    return _again(_tensors(input, stages), tuple([stage[2] for stage in stages]))
+    tensors = _tensors(input, stages)
+    return _again(tensors, something(tensors), tuple([stage[2] for stage in stages]))
 
 
 @accelerated(twin=F.linear, why_not=_why_not, again=_linear_again, traceable=True)

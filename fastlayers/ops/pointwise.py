@@ -12,7 +12,7 @@ from .. import _dispatch
 from .._dispatch import BadInput, accelerated, replayable
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
-    from ..kernels._replay import Found, kind
+    from ..kernels._replay import Found, is_plain
     from ..kernels.pointwise import pointwise, pointwise_grad
 
 
@@ -76,9 +76,10 @@ class _Pointwise(torch.autograd.Function):
         if dy is None:
             return None, None, None, None
         (saved,) = ctx.saved_tensors
-        if _dispatch.backward_through_torch(dy):
-            return ctx.record.torch_grad(dy, saved), None, None, None
-        return (*_backward((dy, saved), ctx.record), None, None, None)
+        results = _dispatch.backward(_backward, (dy, saved), (ctx.record,), dy)
+        if results is None:
+            results = (ctx.record.torch_grad(dy, saved),)
+        return (*results, None, None, None)
 
 
 _apply = _dispatch.applying(_Pointwise)
@@ -97,18 +98,12 @@ def apply(input: torch.Tensor, record: Pointwise, inplace: bool = False) -> torc
 
 def again(input: torch.Tensor, record: Pointwise) -> torch.Tensor | None:
     """The result for an input like one before, of every activation's door; None if there was none."""
-    if not _forward.takes:
+    found = _forward.find((input,), (record, False)) if is_plain(input) else None
+    if found is None:
         return None
-    seen = kind((input,))
-    if seen is None:
-        return None
-    key, addresses, grad = seen
-    take = _forward.find(key, record, False)
-    if take is None:
-        return None
-    if grad and torch.is_grad_enabled():
-        return _apply(input, record, False, (take, addresses))
-    results = take.play((input,), addresses)
+    if found[2] and torch.is_grad_enabled():
+        return _apply(input, record, False, found)
+    results = found[0].play((input,), found[1])
     return None if results is None else results[0]
 
 

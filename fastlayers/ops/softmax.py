@@ -13,7 +13,7 @@ from .._dispatch import DTYPES, BadInput, accelerated, replayable
 
 if TYPE_CHECKING or _dispatch.MISSING is None:
     from ..kernels import softmax as kernels
-    from ..kernels._replay import Found, kind
+    from ..kernels._replay import Found, is_plain
 
 
 @replayable
@@ -47,12 +47,13 @@ class _Softmax(torch.autograd.Function):
         if dy is None:
             return None, None, None, None
         (y,) = ctx.saved_tensors
-        if _dispatch.backward_through_torch(dy):
+        results = _dispatch.backward(_backward, (dy, y), (ctx.dim, ctx.dtype), dy)
+        if results is None:
             with torch.autocast(y.device.type, enabled=False):
                 accumulate = torch.promote_types(y.dtype, torch.float32)
                 y, dy = y.to(accumulate), dy.to(accumulate)
-                return (y * (dy - (dy * y).sum(ctx.dim, keepdim=True))).to(ctx.dtype), None, None, None
-        return (*_backward((dy, y), ctx.dim, ctx.dtype), None, None, None)
+                results = ((y * (dy - (dy * y).sum(ctx.dim, keepdim=True))).to(ctx.dtype),)
+        return (*results, None, None, None)
 
 
 _apply = _dispatch.applying(_Softmax)
@@ -80,21 +81,16 @@ def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | 
 
 
 def _again(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor | None:
-    if not _forward.takes:
+    if type(dim) is not int or not is_plain(input) or torch._C._is_any_autocast_enabled():
         return None
-    seen = None if type(dim) is not int or torch._C._is_any_autocast_enabled() else kind((input,))
-    if seen is None:
-        return None
-    key, addresses, grad = seen
     if dim < 0:
         dim += input.dim()
-    dtype = dtype or input.dtype
-    take = _forward.find(key, dim, dtype)
-    if take is None:
+    found = _forward.find((input,), (dim, dtype or input.dtype))
+    if found is None:
         return None
-    if grad and torch.is_grad_enabled():
-        return _apply(input, dim, dtype, (take, addresses))
-    results = take.play((input,), addresses)
+    if found[2] and torch.is_grad_enabled():
+        return _apply(input, dim, dtype, found)
+    results = found[0].play((input,), found[1])
     return None if results is None else results[0]
 
 

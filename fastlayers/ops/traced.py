@@ -172,8 +172,8 @@ def _conv2d(
     channels_last: bool | None, norm: list[torch.Tensor | None], eps: float,
 ) -> torch.Tensor:  # fmt: skip
     g = _geometry(stride, padding, end, dilation, groups)
-    statistics = cast(Any, (*norm, eps)) if norm else None
-    return conv._forward(x, w, b, _records([then])[0], g, channels_last, statistics)
+    tensors = (x, w, b, *norm)
+    return conv._forward(tensors, _records([then])[0], g, channels_last, eps if norm else None, conv._precision(x))[0]
 
 
 @torch.library.register_fake("fastlayers::conv2d", lib=_library)
@@ -194,7 +194,8 @@ def _conv2d_backward(
     """Those of dx, dw and db that are needed."""
     g, record = _geometry(stride, padding, end, dilation, groups), _records([then])[0]
     both = torch.Size(x_shape), torch.Size(w_shape)
-    grads = conv._backward(dy, x, w, y, record, g, both[0], both[1], (formats[0], formats[1]), needs)
+    options = record, g, *both, (formats[0], formats[1]), tuple(needs), conv._precision(dy)
+    grads = conv._backward((dy, x, w, y), *options)
     return [grad for grad in grads if grad is not None]
 
 
