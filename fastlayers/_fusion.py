@@ -13,7 +13,7 @@ results in between nobody sees the memory format.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,55 +27,80 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class _Part:
-    """Layers that run as one kernel, or as one function for autograd."""
+    """Layers that run as one kernel, or as one function for autograd. Here `stages`, `members` and `norm` are their places
+    in the Sequential."""
 
-    stages: list[tuple[torch.nn.Module, Any]] = field(default_factory=list)
-    members: list[torch.nn.Module] = field(default_factory=list)
-    norm: torch.nn.Module | None = None
+    stages: list[tuple[int, Any]] = field(default_factory=list)
+    members: list[int] = field(default_factory=list)
+    norm: int | None = None
+
+
+Group = tuple[Any, list[_Part]]
+"""The class of some layers in a row, and how they are joined."""
 
 
 def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
-    """The steps that compute the modules in order. Made anew at every call: hooks come and go."""
-    steps: list[Step] = []
+    """The steps that compute the modules in order. What follows from their classes is remembered; whether somebody watches
+    one is asked at every call: hooks come and go."""
+    modules = tuple(modules)
+    compiling = torch.compiler.is_compiling()  # Dynamo traces no cache
+    read, group = (_declarations, _groups.__wrapped__) if compiling else (_remembered, _groups)
+    everyone_is_watched = _torch._has_any_global_hook()
+    normalizes: type | None = None
+    kinds: list[type] = []
+    joins: list[bool] = []
+    for module in modules:
+        kind = type(module)
+        declared = read(kind)
+        normalizes = declared.get("normalizes", normalizes)
+        fuses = bool(declared) or (kind is normalizes and _only_applies_statistics(module))
+        kinds.append(kind)
+        joins.append(fuses and not everyone_is_watched and not _is_watched(module))
+    return [
+        modules[found] if isinstance(found, int) else functools.partial(_run, modules, *found)
+        for found in group(tuple(kinds), tuple(joins))
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _groups(kinds: tuple[type, ...], joins: tuple[bool, ...]) -> list[int | Group]:
+    """The places of modules of these classes, each alone or in a group; `joins` says which may be in one."""
+    groups: list[int | Group] = []
     producer: Any = None  # the class of the run of layers being gathered
     parts: list[_Part] = []
 
     def close() -> None:
         nonlocal producer, parts
         if sum(len(part.members) for part in parts) > 1:
-            steps.append(functools.partial(_run, producer, parts))
+            groups.append((producer, parts))
         else:
-            steps.extend(member for part in parts for member in part.members)
+            groups.extend(member for part in parts for member in part.members)
         producer, parts = None, []
 
-    read = _declarations if torch.compiler.is_compiling() else _remembered  # Dynamo traces no cache
-    everyone_is_watched = _torch._has_any_global_hook()
-    for module in modules:
-        declared = read(type(module))
+    for i, (kind, joined) in enumerate(zip(kinds, joins, strict=True)):
+        declared = _declarations(kind) if joined else {}
         record = declared.get("pointwise")
-        norm = producer is not None and _normalizes(producer, module)
-        fuses = norm or record is not None or "forward_fused" in declared
-        alone = everyone_is_watched or not fuses or _is_watched(module)
-        open_ended = not alone and producer is not None and parts[-1].stages[-1][1] is None
-        if open_ended and record and record.saves == "output":
+        norm = joined and kind is getattr(producer, "normalizes", None)
+        open_ended = producer is not None and parts[-1].stages[-1][1] is None
+        if open_ended and record is not None and record.saves == "output":
             parts[-1].stages[-1] = (parts[-1].stages[-1][0], record)
-            parts[-1].members.append(module)
+            parts[-1].members.append(i)
         elif open_ended and norm and parts[-1].norm is None:
-            parts[-1].norm = module
-            parts[-1].members.append(module)
-        elif not alone and "forward_fused" in declared:
-            if producer is not type(module) or not (declared["chains"] or "carry" in declared):
+            parts[-1].norm = i
+            parts[-1].members.append(i)
+        elif "forward_fused" in declared:
+            if producer is not kind or not (declared["chains"] or "carry" in declared):
                 close()
-            producer = type(module)
+            producer = kind
             if not parts or not declared["chains"]:
                 parts.append(_Part())
-            parts[-1].stages.append((module, None))
-            parts[-1].members.append(module)
+            parts[-1].stages.append((i, None))
+            parts[-1].members.append(i)
         else:
             close()
-            steps.append(module)
+            groups.append(i)
     close()
-    return steps
+    return groups
 
 
 def _declarations(kind: type) -> dict[str, Any]:
@@ -92,27 +117,27 @@ def _declarations(kind: type) -> dict[str, Any]:
 _remembered = functools.cache(_declarations)
 
 
-def _run(producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor:
-    hints: list[dict[str, Any]] = [{} for _ in parts]
+def _run(modules: Sequence[Any], producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor:
+    hints: list[dict[str, Any]] = [{}] * len(parts)
     if len(parts) > 1:
-        hints = producer.carry(input, [part.stages[0][0] for part in parts])
+        hints = producer.carry(input, [modules[part.stages[0][0]] for part in parts])
     for part, hint in zip(parts, hints, strict=True):
+        stages = [(modules[i], record) for i, record in part.stages]
         if part.norm is not None:
-            hint = hint | {"norm": part.norm}
-        listening = fused(*part.members)
+            hint = hint | {"norm": modules[part.norm]}
+        listening = fused(*[modules[i] for i in part.members])
         if listening is None:
-            input = producer.forward_fused(input, part.stages, **hint)
+            input = producer.forward_fused(input, stages, **hint)
         else:
             with listening:
-                input = producer.forward_fused(input, part.stages, **hint)
+                input = producer.forward_fused(input, stages, **hint)
     return input
 
 
-def _normalizes(producer: Any, module: Any) -> bool:
-    """Whether the module only applies running statistics now, and nobody asks for gradients through them."""
+def _only_applies_statistics(module: Any) -> bool:
+    """Whether a batch normalisation only applies its running statistics now, and nobody asks for gradients through them."""
     return (
-        type(module) is getattr(producer, "normalizes", None)
-        and not module.training
+        not module.training
         and module.running_mean is not None
         and module.running_var is not None
         and not torch.is_grad_enabled()

@@ -129,14 +129,12 @@ class _Take:
         active = driver.active
         if active is not self.driver or any(self.hooks):
             return None
-        if self.index == active.get_current_device():
-            return self._launch(tensors, addresses, active)
-        with torch.cuda.device(self.index):
-            return self._launch(tensors, addresses, active)
-
-    def _launch(self, tensors: Tensors, addresses: Addresses, active: Any) -> Results | None:
+        index = self.index
+        if index != active.get_current_device():
+            with torch.cuda.device(index):
+                return self.play(tensors, addresses)
         allocate = _launch.allocate_quickly.get(self.device_type) or self._allocate
-        stream = active.get_current_stream(self.index)
+        stream = active.get_current_stream(index)
         held = [None, *tensors]
         for fresh, described, programs, run, function, fixed, pointers, rest, packs, dead in self.steps:
             for size, stride, dtype in fresh:
@@ -361,6 +359,12 @@ def _is_about_metadata(result: Any, args: Sequence[Any]) -> bool:
     )
 
 
+def _key(tensors: Sequence[torch.Tensor], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """By what kinds are looked up: forced tiles are options too."""
+    forced = _tiles.forced
+    return (tensors[0].shape, options, *forced.items()) if forced else (tensors[0].shape, options)
+
+
 class Replayable:
     """Decorates a function `work(tensors, *options) -> tensors` that only allocates and launches.
 
@@ -380,7 +384,7 @@ class Replayable:
         """What was done for such tensors (of NOTHING in the place of None, the first a plain one), if nobody would miss the
         launches."""
         try:
-            key = tensors[0].shape, options, *_tiles.forced.items()
+            key = _key(tensors, options)
             kinds = self.kinds.get(key)
         except RuntimeError:  # a nested one has no shape
             return None
@@ -412,7 +416,7 @@ class Replayable:
             results = take.play(present, addresses)
             if results is not None:
                 return results
-            self.kinds.pop((present[0].shape, options, *_tiles.forced.items()))  # the world has changed
+            self.kinds.pop(_key(present, options))  # the world has changed
             return self.work(tensors, *options)
         if _Guards is None or _launch.here.listener is not None or not _ordinary():
             return self.work(tensors, *options)
@@ -426,7 +430,7 @@ class Replayable:
             addresses, alignment = _addresses(present)
         except RuntimeError:  # no memory
             return self.work(tensors, *options)
-        key = present[0].shape, options, *_tiles.forced.items()  # on which all picks depend
+        key = _key(present, options)
         kinds = self.kinds.get(key, [])
         kind = next((k for k in kinds if k.alignment == alignment and k.check(*present)), None)
         if kind is not None and kind.take is True:
@@ -435,11 +439,13 @@ class Replayable:
             if len({*somewhere}) == len(somewhere):
                 return self._record(kind, tensors, options)
         if kind is None:
-            if self.count >= LIMIT:
-                self.kinds.clear()
-                self.count, kinds = 0, []
-            self.kinds[key] = [_Kind(present, alignment), *kinds[: ALIKE - 1]]
-            self.count += 1
+            kind = _Kind(present, alignment)
+            if kind.check(*present):  # not of one tensor twice
+                if self.count >= LIMIT:
+                    self.kinds.clear()
+                    self.count, kinds = 0, []
+                self.kinds[key] = [kind, *kinds[: ALIKE - 1]]
+                self.count += 1
         return self.work(tensors, *options)
 
     def _record(self, kind: _Kind, tensors: Tensors, options: tuple[Any, ...]) -> Results:

@@ -59,6 +59,7 @@ def test_a_wrong_relu_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     wrong = scaled(ops.kernels.conv2d, lambda **kwargs: kwargs["then"] == "relu")
     monkeypatch.setattr(ops.kernels, "conv2d", wrong)
+    monkeypatch.setattr(ops._forward, "kinds", {})  # launches remembered from other tests
     (problem,) = compare(CONV).problems
     assert "stray" in problem
 
@@ -67,7 +68,7 @@ def test_a_wrong_weight_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastlayers.ops.linear as ops
 
     monkeypatch.setattr(ops, "matmul", scaled(ops.matmul, lambda **kwargs: "operand_sums" in kwargs))
-    monkeypatch.setattr(ops._backward, "takes", {})  # launches remembered from other tests
+    monkeypatch.setattr(ops._backward, "kinds", {})
     (problem,) = compare(LINEAR).problems
     assert "stray" in problem
 
@@ -102,7 +103,7 @@ def test_selfcheck_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     import fastlayers.ops.linear as ops
 
     monkeypatch.setattr(ops, "matmul", scaled(ops.matmul, lambda **kwargs: "operand_sums" in kwargs))
-    monkeypatch.setattr(ops._backward, "takes", {})
+    monkeypatch.setattr(ops._backward, "kinds", {})
     found = _selfcheck.problem("Linear", torch.float32)
     assert found is not None
     assert found.startswith("gradient of weight is off")

@@ -213,7 +213,8 @@ def test_convolutions_go_stale_no_more_than_others(plays: list[None], device: to
     for _ in range(4):
         for shape, options in (
             ((2, 4, 6, 7), {}), ((2, 4, 6, 7), dict(padding=1)), ((2, 4, 6, 7), dict(padding="same", dilation=(1, 2))),
-            ((2, 4, 6, 7), dict(stride=(2, 1), padding=[1, 0])), ((4, 6, 7), dict(stride=2)), ((1, 4, 9, 9), dict(padding=1)),
+            ((2, 4, 6, 7), dict(stride=(2, 1), padding=[1, 0])), ((4, 6, 7), dict(stride=2)),
+            ((1, 4, 9, 9), dict(padding=1)),
         ):  # fmt: skip
             for x_format, w_format, bias in ((None, None, b), (last, None, None), (last, last, b)):
                 x, weight = torch.randn(shape, device=device), w + torch.randn_like(w)

@@ -366,7 +366,7 @@ def _again(
     norm: Norm | None = None,
     channels_last: bool | None = None,
 ) -> torch.Tensor | None:
-    if not is_plain(input) or not is_plain(weight) or torch._C._is_any_autocast_enabled():
+    if not is_plain(input) or not is_plain(weight) or weight.dim() != 4 or torch._C._is_any_autocast_enabled():
         return None
     if not (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation) and type(groups) is int):
         return None

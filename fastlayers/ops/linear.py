@@ -6,7 +6,6 @@ dz = f'(y) dy, dx = dz W, dW = dz^T x, db = sum of dz over rows
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
