@@ -165,6 +165,21 @@ def cases() -> list[Case]:
     found += _family("relu", F.relu, FL.relu, r(8, 16))
     found += _family("softmax", lambda x: F.softmax(x, -1), lambda x: FL.softmax(x, -1), r(8, 16))
     found += _family("conv2d 1x1", F.conv2d, FL.conv2d, r(2, 4, 4, 4), r(4, 4, 1, 1), r(4))
+    tensors = [r(8, 16), *(torch.nn.Parameter(r(shape)) for shape in ((16, 16), (16,)))]
+
+    def autocast(function: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return function(*tensors)
+
+        return call
+
+    for name, wrapped in (
+        ("forward, graph recorded", lambda f: f),
+        ("forward + backward", lambda f: _backward(f, tensors[1:])),
+    ):
+        both = [wrapped(autocast(function)) for function in (F.linear, FL.linear)]
+        found.append(Case(f"linear, autocast, {name}", *both, 1.2 if "backward" in name else 1.3))
     theirs, ours = _mlp(torch.nn, 16, 16, 16, 8), _mlp(nn, 784, 512, 512, 10)
     x, y = r(8, 16), r(64, 784)
     found.append(
@@ -291,7 +306,7 @@ def main(argv: list[str]) -> int:
     for case, theirs, ours in zip(chosen, times[::2], times[1::2], strict=True):
         ratio = ours.over(theirs)
         goal = "" if case.goal is None else f"{case.goal:.1f}"
-        print(f"{case.name:34} {theirs!s:>24} {ours!s:>24}  {ratio:5.2f}  {goal:>4}")
+        print(f"{case.name:40} {theirs!s:>24} {ours!s:>24}  {ratio:5.2f}  {goal:>4}")
         rows.append(
             {"case": case.name, "torch": theirs.summary(), "ours": ours.summary(), "ratio": ratio, "goal": case.goal}
         )

@@ -46,4 +46,28 @@ def autocast(probe: Probe, *tensors: torch.Tensor | None) -> Sequence[torch.Tens
     """The tensors in the dtypes that autocast has torch compute in, converted differentiably."""
     if not torch._C._is_any_autocast_enabled():
         return tensors
-    return [None if t is None else t.to(after_autocast(probe, t)) for t in tensors]
+    converted: list[torch.Tensor | None] = []
+    before = after = device = None
+    for tensor in tensors:
+        if tensor is not None:
+            if tensor.dtype is not before or tensor.device != device:  # as a rule they are all the same
+                before, device, after = tensor.dtype, tensor.device, after_autocast(probe, tensor)
+            if after is not None and after is not before:
+                tensor = _cast(tensor, after)
+        converted.append(tensor)
+    return converted
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if tensor.is_leaf and tensor.requires_grad and not torch.compiler.is_compiling() and _keeps(tensor.device.type):
+        cast = torch.einsum("...->...", tensor)
+        if cast.dtype is dtype:
+            return cast
+    return tensor.to(dtype)
+
+
+@functools.cache
+def _keeps(kind: str) -> bool:
+    """Whether einsum takes part in autocast on such devices. torch keeps what autocast converted of a parameter until the
+    outermost region ends, but for its own operators; of one tensor, this one returns what it was given."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::einsum", f"Autocast{kind.upper()}")

@@ -401,6 +401,10 @@ class Replayable:
                 return None if take is True or take is False else (take, addresses, kind.requires_grad)
         return None
 
+    def expects(self, first: torch.Tensor, options: tuple[Any, ...]) -> bool:
+        """Whether something could be done again for some tensors of which the first has these sizes."""
+        return any(isinstance(kind.take, _Take) for kind in self.kinds.get(_key((first,), options), ()))
+
     def again(self, tensors: Tensors, options: tuple[Any, ...]) -> Results | None:
         """What `work` returns, if it was done for such tensors before and can be again."""
         present = something(tensors)

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastlayers
 import fastlayers.functional as FL
-from fastlayers import _capture, nn
+from fastlayers import _capture, _dtypes, nn
 from fastlayers.kernels import _launch, _replay
 from fastlayers.kernels import pointwise as kernels
 from fastlayers.kernels._tiles import Tile, force
@@ -342,6 +342,64 @@ def test_a_replay_escapes_nobody(name: str, grad: bool, plays: list[None], devic
     expected = torch.autograd.grad(twin(*tensors), tensors, many, is_grads_batched=True)
     for a, b in zip(batched, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "softmax"])
+def test_autocast_is_replayed(name: str, plays: list[None], device: torch.device) -> None:
+    """Whatever the region's dtype, and whatever the tensors': as outside, once they are converted."""
+    layer, shapes = LAYERS[name]
+    twin = {"linear": F.linear, "conv2d": F.conv2d, "softmax": lambda x: F.softmax(x, -1)}[name]
+    for repeat in range(4):
+        for region, dtype in (
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
+            (torch.bfloat16, torch.float16),
+        ):
+            if device.type == "cpu" and torch.float16 in (region, dtype) and name == "conv2d":
+                continue  # torch's own takes minutes
+            leaves = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+            before = len(plays)
+            with torch.autocast(device.type, dtype=region):
+                ours, theirs = layer(*leaves), twin(*leaves)
+            assert ours.dtype == theirs.dtype
+            dy = torch.randn_like(theirs)
+            mine = torch.autograd.grad(ours, leaves, dy)
+            assert repeat < 2 or len(plays) == before + 2
+            for a, b in zip((ours, *mine), (theirs, *torch.autograd.grad(theirs, leaves, dy)), strict=True):
+                assert a.dtype == b.dtype
+                torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_autocast_keeps_what_it_converted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter is converted once in a region, by the same operator that hands out torch's own copies."""
+    weight = torch.nn.Parameter(torch.randn(5, 6, device=device))
+    if device.type == "cpu":  # whose autocast leaves einsum alone: as that of CUDA does it
+        kept: dict[int, torch.Tensor] = {}
+
+        def einsum(equation: str, tensors: Sequence[torch.Tensor], *, path: Any = None) -> torch.Tensor:
+            (tensor,) = tensors
+            with torch.autocast("cpu", enabled=False):
+                return torch.einsum(equation, kept.setdefault(id(tensor), tensor.to(torch.bfloat16)))
+
+        library = torch.library.Library("aten", "IMPL")
+        library.impl("einsum", einsum, "AutocastCPU")
+    _dtypes._keeps.cache_clear()
+    try:
+        x = torch.randn(4, 6, device=device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            first = FL.linear(x, weight)
+            with torch.no_grad():
+                weight.data.mul_(2)  # which torch doesn't notice either
+            second, total = FL.linear(x, weight), weight.detach().clone()
+        assert torch.equal(first, second)
+        (first.sum() + second.sum()).backward()
+        expected = x.bfloat16().float().sum(0).expand(5, 6) * 2
+        torch.testing.assert_close(weight.grad, expected, rtol=0.02, atol=0.1)
+        assert torch.equal(total, weight.detach())
+    finally:
+        if device.type == "cpu":
+            library._destroy()
+        _dtypes._keeps.cache_clear()
 
 
 def test_guards_are_there() -> None:

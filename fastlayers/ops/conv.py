@@ -192,7 +192,7 @@ class _Conv2d(torch.autograd.Function):
     ) -> torch.Tensor:
         tensors, needs = (x, w, b), ctx.needs_input_grad
         results = found and found[0].play(tensors, found[1])
-        (y,) = results or _forward(tensors, then, g, channels_last, None, _precision(x))
+        (y,) = results or _forward(tensors, then, g, channels_last, None, _precision(x.dtype))
         plan = found and found[0].memo
         if plan is None:
             formats = _is_channels_last(_images(x)), _is_channels_last(w)
@@ -210,14 +210,14 @@ class _Conv2d(torch.autograd.Function):
             return (None,) * 7
         *options, edges = plan = ctx.plan
         needs, saved = _dispatch.asked_for(ctx, edges), ctx.saved_tensors
-        grads = _dispatch.backward(_backward, (dy, *saved), (*options, needs, _precision(dy)), dy)
+        grads = _dispatch.backward(_backward, (dy, *saved), (*options, needs, _precision(dy.dtype)), dy)
         if grads is None:
             grads = _backward_torch(dy, saved, plan, needs)
         return (*grads, None, None, None, None)
 
 
-def _precision(x: torch.Tensor) -> str:
-    return _dtypes.conv_precision() if x.dtype is torch.float32 else "ieee"
+def _precision(dtype: torch.dtype) -> str:
+    return _dtypes.conv_precision() if dtype is torch.float32 else "ieee"
 
 
 def _backward_torch(dy: torch.Tensor, saved: Tensors, plan: _Plan, needs: Sequence[bool]) -> tuple[Any, ...]:
@@ -341,7 +341,7 @@ def _conv2d(
     if grad:
         return _Conv2d.apply(x, w, b, then, geometry, channels_last, None)  # type: ignore[return-value]
     statistics, eps = (norm[:4], norm[4]) if norm is not None else ((), None)
-    return _forward((x, w, b, *statistics), then, geometry, channels_last, eps, _precision(x))[0]
+    return _forward((x, w, b, *statistics), then, geometry, channels_last, eps, _precision(x.dtype))[0]
 
 
 _apply = _dispatch.applying(_Conv2d)
@@ -366,18 +366,25 @@ def _again(
     norm: Norm | None = None,
     channels_last: bool | None = None,
 ) -> torch.Tensor | None:
-    if not is_plain(input) or not is_plain(weight) or weight.dim() != 4 or torch._C._is_any_autocast_enabled():
+    if not is_plain(input) or not is_plain(weight) or weight.dim() != 4:
         return None
     if not (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation) and type(groups) is int):
         return None
     g = _known_geometry(weight.shape[2:], stride, padding, dilation, groups)
     statistics, eps = (norm[:4], norm[4]) if norm is not None else ((), None)
-    present = something((input, weight, bias, *statistics))
-    found = _forward.find(present, (then, g, channels_last, eps, _precision(input)))
+    tensors: Tensors = (input, weight, bias, *statistics)
+    if torch._C._is_any_autocast_enabled():
+        dtype = _dtypes.after_autocast(_probe, input)
+        plain = all(t is None or is_plain(t) for t in tensors)
+        if not plain or not _forward.expects(input, (then, g, channels_last, eps, _precision(dtype))):
+            return None
+        tensors = (*_dtypes.autocast(_probe, *tensors[:3]), *statistics)
+    present = something(tensors)
+    found = _forward.find(present, (then, g, channels_last, eps, _precision(present[0].dtype)))
     if found is None:
         return None
     if found[2] and torch.is_grad_enabled():
-        return None if norm is not None else _apply(input, weight, bias, then, g, channels_last, found)
+        return None if norm is not None else _apply(*tensors, then, g, channels_last, found)
     results = found[0].play(present, found[1])
     return None if results is None else results[0]
 

@@ -110,7 +110,7 @@ class _Linear(torch.autograd.Function):
         outputs = found and found[0].play(tensors, found[1])
         plan = found and found[0].memo
         if outputs is None:
-            outputs = _forward(tensors, thens, _precision(x), len(thens) > 1)
+            outputs = _forward(tensors, thens, _precision(x.dtype), len(thens) > 1)
         if plan is None:
             plan = _plan(thens, ctx.needs_input_grad[2:], tensors)
             if found is not None:  # for whose kind of tensors it is always the same
@@ -135,7 +135,7 @@ class _Linear(torch.autograd.Function):
         if dy is None or dhidden.count(None) != len(dhidden):
             grads = None
         else:
-            options = thens, ctx.x_shape, needs, _precision(dy)
+            options = thens, ctx.x_shape, needs, _precision(dy.dtype)
             grads = _dispatch.backward(_backward, (dy, *saved), options, dy)
         if grads is None:
             extra = dict(zip(hidden, dhidden, strict=True))
@@ -143,8 +143,8 @@ class _Linear(torch.autograd.Function):
         return (None, None, *grads)
 
 
-def _precision(x: torch.Tensor) -> str:
-    return _dtypes.matmul_precision() if x.dtype is torch.float32 else "ieee"
+def _precision(dtype: torch.dtype) -> str:
+    return _dtypes.matmul_precision() if dtype is torch.float32 else "ieee"
 
 
 def _flows(needs: Sequence[bool]) -> list[bool]:
@@ -294,7 +294,7 @@ def _chain(input: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
         return traced.linear_chain(tensors, thens, grad)
     if grad:
         return _Linear.apply(thens, None, *tensors)[0]  # type: ignore[index]
-    return _forward(tensors, thens, _precision(x), False)[-1]
+    return _forward(tensors, thens, _precision(x.dtype), False)[-1]
 
 
 def _tensors(input: torch.Tensor, stages: Sequence[Stage]) -> list[torch.Tensor | None]:
@@ -309,10 +309,16 @@ _apply = _dispatch.applying(_Linear)
 
 def _again(tensors: Tensors, present: Sequence[torch.Tensor], thens: Thens) -> torch.Tensor | None:
     x = present[0]
-    if not is_plain(x) or torch._C._is_any_autocast_enabled():
+    if not is_plain(x):
         return None
     keep = len(thens) > 1 and torch.is_grad_enabled()
-    found = _forward.find(present, (thens, _precision(x), keep))
+    if torch._C._is_any_autocast_enabled():
+        dtype = _dtypes.after_autocast(_probe, x)
+        if not all(map(is_plain, present)) or not _forward.expects(x, (thens, _precision(dtype), keep)):
+            return None
+        tensors = _dtypes.autocast(_probe, *tensors)
+        present = something(tensors)
+    found = _forward.find(present, (thens, _precision(present[0].dtype), keep))
     if found is None:
         return None
     if found[2] and torch.is_grad_enabled():

@@ -81,11 +81,13 @@ def _why_not(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> str | 
 
 
 def _again(input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor | None:
-    if type(dim) is not int or not is_plain(input) or torch._C._is_any_autocast_enabled():
+    if type(dim) is not int or not is_plain(input):
         return None
     if dim < 0:
         dim += input.dim()
-    found = _forward.find((input,), (dim, dtype or input.dtype))
+    if dtype is None:
+        dtype = _dtypes.after_autocast(_probe, input) if torch._C._is_any_autocast_enabled() else input.dtype
+    found = _forward.find((input,), (dim, dtype))
     if found is None:
         return None
     if found[2] and torch.is_grad_enabled():

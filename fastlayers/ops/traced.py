@@ -57,7 +57,7 @@ _library.define(
 def _linear_chain(tensors: Tensors, thens: list[str], keep: bool) -> list[torch.Tensor]:
     """The outputs of the stages, or the last alone."""
     assert tensors[0] is not None
-    return list(linear._forward(tensors, _records(thens), linear._precision(tensors[0]), keep))
+    return list(linear._forward(tensors, _records(thens), linear._precision(tensors[0].dtype), keep))
 
 
 @torch.library.register_fake("fastlayers::linear_chain", lib=_library)
@@ -76,7 +76,7 @@ def _linear_chain_backward(
 ) -> list[torch.Tensor]:
     """Of dy and what was saved, the gradients of those of x and the parameters that need one."""
     assert tensors[0] is not None
-    precision = linear._precision(tensors[0])
+    precision = linear._precision(tensors[0].dtype)
     grads = linear._backward(tensors, _records(thens), torch.Size(x_shape), tuple(needs), precision)
     return [grad for grad in grads if grad is not None]
 
@@ -173,7 +173,9 @@ def _conv2d(
 ) -> torch.Tensor:  # fmt: skip
     g = _geometry(stride, padding, end, dilation, groups)
     tensors = (x, w, b, *norm)
-    return conv._forward(tensors, _records([then])[0], g, channels_last, eps if norm else None, conv._precision(x))[0]
+    return conv._forward(
+        tensors, _records([then])[0], g, channels_last, eps if norm else None, conv._precision(x.dtype)
+    )[0]
 
 
 @torch.library.register_fake("fastlayers::conv2d", lib=_library)
@@ -194,7 +196,7 @@ def _conv2d_backward(
     """Those of dx, dw and db that are needed."""
     g, record = _geometry(stride, padding, end, dilation, groups), _records([then])[0]
     both = torch.Size(x_shape), torch.Size(w_shape)
-    options = record, g, *both, (formats[0], formats[1]), tuple(needs), conv._precision(dy)
+    options = record, g, *both, (formats[0], formats[1]), tuple(needs), conv._precision(dy.dtype)
     grads = conv._backward((dy, x, w, y), *options)
     return [grad for grad in grads if grad is not None]
 
