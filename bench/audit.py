@@ -43,7 +43,9 @@ from .cases import TARGETS, Case, cases, representative
 Row = dict[str, Any]
 
 BASELINE = Path(__file__).parent / "baseline.json"
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_MEMORY = {
+    "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
+}  # fmt: skip
 """Bytes one program may use. Source: CUDA programming guide, table of compute capabilities; AMD CDNA3 ISA (64 KB LDS)."""
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -18,7 +18,7 @@ from fastlayers.testing import SPECS
 
 from .gpus import Work
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,8 @@ def representative(case: Case, target: str) -> bool:
     - one dtype for each kind of arithmetic: not float16, whose code is bfloat16's with other names in it;
     - on sm_90 everything in bfloat16, TF32 and what memory decides, of strict float32 half, of float64 and 64-bit offsets
       an eighth;
-    - on the other targets a sixth of what is in bfloat16, TF32 and what memory decides, and nothing of the rest;
+    - on the other targets a sixth of what is in bfloat16, TF32 and what memory decides, and nothing of the rest; on
+      sm_86 and sm_89, which have sm_80's instructions and less memory, a twenty-fourth;
     - which ones is decided by a checksum of their names, so that a new case changes nothing for the others;
     - of every kernel at least one.
     """
@@ -350,7 +351,7 @@ def _representative(target: str) -> frozenset[str]:
         strict = case.arithmetic == "ieee" and bool(case.force)
         if target == "sm_90":
             return 8 if rare else 2 if strict else 1
-        return 0 if rare or strict else 6
+        return 0 if rare or strict else 24 if target in ("sm_86", "sm_89") else 6
 
     shares = [(case, share(case)) for case in cases(target)]
     chosen = [c for c, one_in in shares if one_in and zlib.crc32(c.label.encode()) % one_in == 0]

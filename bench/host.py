@@ -301,7 +301,7 @@ def main(argv: list[str]) -> int:
     finally:
         torch.set_num_threads(threads)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, triton {triton.__version__}")
-    print(f"us a call, median (p20 - p80)\n{'':34} {'torch':>24} {'ours':>24}  ratio  goal")
+    print(f"us a call, median (p20 - p80)\n{'':40} {'torch':>24} {'ours':>24}  ratio  goal")
     rows = []
     for case, theirs, ours in zip(chosen, times[::2], times[1::2], strict=True):
         ratio = ours.over(theirs)

@@ -91,6 +91,8 @@ _PRODUCT = {
 
 # Where a target has room for more: shared memory, or registers in that target's code.
 _PRODUCT_ON = {
+    "sm_86": {("16", "small"): Tile(64, 64, 64, warps=8, stages=3)},
+    "sm_89": {("16", "small"): Tile(64, 64, 64, warps=8, stages=3)},
     "sm_90": {
         ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
         ("ieee", "small"): Tile(64, 64, 16, warps=4, stages=3),

@@ -44,12 +44,18 @@ def first_tap(offset, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.con
 
 
 @triton.jit
+def _multiple(size, UNIT: tl.constexpr):
+    """The size, of which the compiler now knows that it is divisible."""
+    return size // UNIT * UNIT
+
+
+@triton.jit
 def _conv_box_kernel(
     y_ptr, x, w, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
     N, H, W, O, C, y_n, y_c, y_h, y_w, x_w, w_tap, pad_h, pad_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, INPUT_GRAD: tl.constexpr, EPS: tl.constexpr,
-    THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, RUN: tl.constexpr,
     TILE_IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +64,7 @@ def _conv_box_kernel(
 
     x and w are descriptors: of the image (N, H, W, channels), or in phases (N, H/STRIDE_H, STRIDE_H, W/STRIDE_W,
     STRIDE_W*x_w); of the weight as it lies in memory (rows, taps and columns, w_tap from tap to tap). C is what is summed
-    over, in each group.
+    over, in each group. RUN neighbouring pixels are stored at once.
     """
     tiles_m = tl.cdiv(O, TILE_M)
     pid_m = tl.program_id(0) % tiles_m
@@ -123,6 +129,8 @@ def _conv_box_kernel(
         b = tl.reshape(b, (TILE_N, TILE_K))
         accumulator = tl.dot(a, b.T, accumulator, input_precision=PRECISION, out_dtype=ACC)
 
+    if RUN > 1:
+        y_n, y_c, y_h, W = _multiple(y_n, RUN), _multiple(y_c, RUN), _multiple(y_h, RUN), _multiple(W, RUN)
     pixel = tl.arange(0, TILE_N)
     n = first_n + pixel // (TILE_H * TILE_W)
     h = first_h + pixel // TILE_W % TILE_H
@@ -216,10 +224,13 @@ def _conv_box_weight_grad_kernel(
 def _channels_last_kernel(
     x_ptr, y_ptr,
     C, H, W, x_n, x_c, x_h, x_w, y_h, y_w, left,
-    PITCH: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    PITCH: tl.constexpr, WIDE: tl.constexpr, RUN: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_M pixels of a row of y (N, y_h, y_w, PITCH), TILE_N of their channels. y's pixels begin `left`
-    before x's; zeros where x (N, C, H, W) has nothing."""
+    before x's; zeros where x (N, C, H, W) has nothing. RUN neighbouring pixels are loaded at once."""
+    if RUN > 1:
+        x_n, x_c, x_h, W = _multiple(x_n, RUN), _multiple(x_c, RUN), _multiple(x_h, RUN), _multiple(W, RUN)
+        left = _multiple(left, RUN)
     tiles_m = tl.cdiv(y_w, TILE_M)
     tiles_n = tl.cdiv(PITCH, TILE_N)
     pid_n = tl.program_id(0) % tiles_n
@@ -249,16 +260,27 @@ def channels_last(
     n, c, h, w = x.shape
     pitch, (height, width) = pitch or c, size or (h, w)
     y = _launch.empty((n, height, width, pitch), dtype=x.dtype, device=x.device)
-    x_h, x_w = x.stride()[2:]
-    if (height, width) == (h, w) and (h == 1 or x_h == w * x_w):  # its rows are one row
-        h, w, height, width = 1, h * w, 1, h * w
+    image = x
+    if (height, width) == (h, w) and (h == 1 or x.stride(2) == w * x.stride(3)):  # its rows are one row
+        height, width = 1, h * w
+        image = x.as_strided((n, c, 1, width), (*x.stride()[:2], 0, x.stride(3)))
     tile = _tiles.channels_last(pitch)
     _launch.launch(
         _channels_last_kernel, n * height * _tiles.cdiv(width, tile.m) * _tiles.cdiv(pitch, tile.n),
-        x, y, c, h, w, *x.stride()[:2], x_h, x_w, height, width, left,
-        PITCH=pitch, WIDE=_launch.wide(x, y), TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
+        image, y, *image.shape[1:], *image.stride(), height, width, left,
+        PITCH=pitch, WIDE=_launch.wide(x, y), RUN=math.gcd(_run(image, tile.m), left),
+        TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     return y.permute(0, 3, 1, 2)
+
+
+def _run(image: torch.Tensor, most: int) -> int:
+    """How many neighbouring pixels of an image in NCHW, at most `most` (a power of two), lie in one vector of 16 bytes
+    wherever they begin at a multiple of that; 1 in any other format."""
+    if image.stride(3) != 1 or image.data_ptr() % 16:
+        return 1
+    steps = (s for n, s in zip(image.shape[:3], image.stride()[:3], strict=True) if n > 1)
+    return math.gcd(16 // image.element_size(), most, image.shape[3], *steps)
 
 
 def _unpack(packed: torch.Tensor, w: torch.Tensor) -> None:
@@ -272,7 +294,7 @@ def _unpack(packed: torch.Tensor, w: torch.Tensor) -> None:
     _launch.launch(
         _channels_last_kernel, o * height * _tiles.cdiv(r * s, tile.m) * _tiles.cdiv(pitch, tile.n),
         packed, w, channels, height, r * s, packed.stride(0), 1, 1, packed.shape[3], height, r * s, 0,
-        PITCH=pitch, WIDE=_launch.wide(packed, w), TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
+        PITCH=pitch, WIDE=_launch.wide(packed, w), RUN=1, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -468,7 +490,7 @@ def _launch_box(
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
         INPUT_GRAD=input_grad, EPS=0.0 if norm is None else norm.eps, THEN=epilogues.forward(then),
         ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide,
-        TILE_IMAGES=images, TILE_H=rows_h, TILE_W=rows_w,
+        RUN=_run(y, rows_w) if classes[1] == 1 else 1, TILE_IMAGES=images, TILE_H=rows_h, TILE_W=rows_w,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return True

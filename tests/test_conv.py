@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import fastlayers
 import fastlayers.functional as FL
 from fastlayers import nn
-from fastlayers.kernels import _launch, _tiles
+from fastlayers.kernels import _launch, _tiles, conv_box
 from fastlayers.kernels import conv as kernels
 from fastlayers.kernels._tiles import Device, Tile
 from fastlayers.ops.conv import _is_channels_last
@@ -264,6 +264,45 @@ def within_budget(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, **ge
     for ours, torchs, exact in zip(*results, strict=True):
         assert_within_budget(ours, torchs, exact)
     assert results[0][0].stride() == results[1][0].stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [4, 6, 8, 9, 16])
+@pytest.mark.usefixtures("boxes")
+def test_boxes_in_nchw(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Images in NCHW are read and written in runs of pixels, as long as rows, planes and images allow: those of a larger
+    tensor too, whose elements around are NaN."""
+    around = torch.full((3, 9, 6, 32), float("nan"), device=device, dtype=dtype)
+    for x in (
+        around[1:, 1:],
+        around[:2, :8, 1:5, :width],
+        around[:2, :8, :, 8 : 8 + width],
+        around[:2, :8, :, 3 : 3 + width],
+    ):
+        x = x[..., :width]
+        x.copy_(torch.randn_like(x))
+        w = r(12, 8, 3, 3, device=device).to(dtype)
+        within_budget(x, w, r(12, device=device).to(dtype), padding=1)
+        within_budget(x, w, None, padding=1, stride=(2, 1))
+        y = conv_box.channels_last(x, pitch=16, size=(7, width + 5), left=3)
+        assert torch.equal(y[:, :8, : x.shape[2], 3 : 3 + width], x)
+        assert y.count_nonzero() == x.count_nonzero()
+        assert torch.equal(conv_box.channels_last(x), x)
+
+
+def test_runs_of_pixels() -> None:
+    """As many as a vector of 16 bytes holds, and as rows, planes, images and the start allow."""
+    half = torch.empty(2, 3, 56, 56, dtype=torch.float16)
+    assert conv_box._run(half, 64) == 8
+    assert conv_box._run(half.float(), 64) == 4
+    assert conv_box._run(half, 4) == 4
+    assert conv_box._run(half[..., :28], 64) == 4
+    assert conv_box._run(half[..., :28, :], 64) == 8
+    assert (
+        conv_box._run(half[..., 2:], 64) == conv_box._run(half[..., ::2], 64) == conv_box._run(half[..., :7], 64) == 1
+    )
+    assert conv_box._run(half.to(memory_format=torch.channels_last), 64) == 1
+    assert conv_box._run(torch.empty(1, 1, 1, 8), 64) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastlayers
 import fastlayers.functional as FL
+from bench import host
 from fastlayers import _capture, _dtypes, nn
 from fastlayers.kernels import _launch, _replay
 from fastlayers.kernels import pointwise as kernels
@@ -50,6 +52,44 @@ def test_what_reaches_triton() -> None:
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests" / "launched.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options], cwd=ROOT, env=clean(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def test_what_reaches_cuda(tmp_path: Path) -> None:
+    """The checks in launched_in_c.py, with a libcuda.so of our own for Triton's launcher to call."""
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    if not host._LAUNCHES_FROM_PYTHON or shutil.which("gcc") is None:
+        pytest.skip("needs triton 3.7, and a compiler for C")
+    library = tmp_path / "libcuda.so.1"
+    source = str(ROOT / "tests" / "libcuda.c")
+    build = [
+        "gcc",
+        "-Wall",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        f"-I{include}",
+        source,
+        "-o",
+        str(library),
+        f"-Wl,-soname,{library.name}",
+    ]
+    subprocess.run(build, check=True)
+    options = [
+        "-q",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(ROOT / "tests" / "launched_in_c.py"),
+    ]
+    env = clean(
+        TRITON_LIBCUDA_PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache")
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-5000:]
 
