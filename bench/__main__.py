@@ -10,6 +10,7 @@ COMMANDS = {
     "host": "the CPU's time for one call; no GPU needed",
     "run": "time everything on this machine's GPU (what no command means)",
     "tune": "search tiles on this machine's GPU and write the rows of kernels/_tiles.py",
+    "picks": "time every way to compute one thing on this machine's GPU beside the one that is picked",
     "report": "tables and plots from a file of results; no GPU needed",
 }
 

@@ -174,12 +174,10 @@ def cases() -> list[Case]:
 
         return call
 
-    for name, wrapped in (
-        ("forward, graph recorded", lambda f: f),
-        ("forward + backward", lambda f: _backward(f, tensors[1:])),
-    ):
-        both = [wrapped(autocast(function)) for function in (F.linear, FL.linear)]
-        found.append(Case(f"linear, autocast, {name}", *both, 1.2 if "backward" in name else 1.3))
+    recorded = [autocast(function) for function in (F.linear, FL.linear)]
+    steps = [_backward(call, tensors[1:]) for call in recorded]
+    found.append(Case("linear, autocast, forward, graph recorded", recorded[0], recorded[1], 1.3))
+    found.append(Case("linear, autocast, forward + backward", steps[0], steps[1], 1.2))
     theirs, ours = _mlp(torch.nn, 16, 16, 16, 8), _mlp(nn, 784, 512, 512, 10)
     x, y = r(8, 16), r(64, 784)
     found.append(

@@ -3,17 +3,19 @@
 #
 #   bench/on_gpu.sh [--minutes N] RESULTS_DIR
 #
-# Tests (a third of the time at most), compute-sanitizer over a few of them, then the benchmark, the most telling rows
-# first. Every step writes into RESULTS_DIR as it goes: stopped at any minute, what was done is there. The exit status is
-# 1 if a test failed, if the sanitizer found something, or if nothing could be measured. FASTLAYERS_COMMIT names the
-# commit in the results where the copy has no git history.
+# What only a GPU can answer first (tests/test_gpu.py), then the other tests (together a third of the time at most),
+# compute-sanitizer over a few of them, every way to compute a product or a convolution beside the one that is picked (a
+# quarter of what is left), then the benchmark, the most telling rows first. Every step writes into RESULTS_DIR as it
+# goes: stopped at any minute, what was done is there. The exit status is 1 if a test failed, if the sanitizer found
+# something, or if nothing could be measured. FASTLAYERS_COMMIT names the commit in the results where the copy has no git
+# history.
 set -uo pipefail
 
 minutes=20
 while [[ $# -gt 0 ]]; do
     case $1 in
         --minutes) minutes=$2; shift 2 ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
         -*) echo "on_gpu.sh: unknown option $1" >&2; exit 2 ;;
         *) break ;;
     esac
@@ -67,16 +69,25 @@ for pair in sklearn:tests/test_demo.py build:tests/test_house.py; do
     "$python" -c "import ${pair%%:*}" 2>/dev/null || { without+=("--ignore=${pair#*:}"); note "tests: without ${pair#*:}, ${pair%%:*} is not installed"; }
 done
 limit=$((60 * minutes / 3))
-# A line for each test, for a run that is stopped prints no summary.
-timeout --kill-after=10 "$limit" "$python" -m pytest -v -p no:benchmark "${workers[@]}" "${without[@]}" >"$results/tests.log" 2>&1
-code=$?
-if [[ $code -eq 124 ]]; then
-    note "tests: stopped after $limit s: $(grep -c PASSED "$results/tests.log") passed, $(grep -c FAILED "$results/tests.log") failed"
-    ! grep -q FAILED "$results/tests.log" || status=1
-else
-    note "tests: $(tail -n 1 "$results/tests.log")"
-fi
-[[ $code -eq 0 || $code -eq 124 ]] || status=1
+
+run_tests() { # NAME SECONDS ARGUMENT...
+    local name=$1 seconds=$2 log=$results/$1.log code
+    shift 2
+    # A line for each test, for a run that is stopped prints no summary.
+    timeout --kill-after=10 "$seconds" "$python" -m pytest -v -p no:benchmark "${workers[@]}" "$@" >"$log" 2>&1
+    code=$?
+    if [[ $code -eq 124 ]]; then
+        note "$name: stopped after $seconds s: $(grep -c PASSED "$log") passed, $(grep -c FAILED "$log") failed"
+        ! grep -q FAILED "$log" || status=1
+    else
+        note "$name: $(tail -n 1 "$log")"
+    fi
+    [[ $code -eq 0 || $code -eq 124 ]] || status=1
+}
+
+tests_begin=$SECONDS
+run_tests tests-of-the-gpu $((limit / 2)) tests/test_gpu.py
+run_tests tests $((limit - (SECONDS - tests_begin))) --ignore=tests/test_gpu.py "${without[@]}"
 
 if [[ $(left) -lt 120 ]]; then
     note "compute-sanitizer: left out, too little time"
@@ -93,6 +104,17 @@ else
         124) note "compute-sanitizer memcheck: stopped for time, $(grep -c '========= Invalid' "$results/memcheck.log") invalid accesses seen" ;;
         *) note "compute-sanitizer memcheck: FAILED (memcheck.log)"; status=1 ;;
     esac
+fi
+
+if [[ $(left) -lt 240 ]]; then
+    note "picks: left out, too little time"
+else
+    own=$(($(left) / 4))
+    timeout --kill-after=10 $((own + 60)) "$python" -m bench picks --minutes "$((own / 60)).$((own % 60 / 6))" \
+        --out "$results/picks.jsonl" >"$results/picks.log" 2>&1
+    code=$?
+    [[ $code -eq 0 ]] || { note "picks: ended with status $code (picks.log)"; status=1; }
+    note "$(grep -E '^(linear|conv2d): ' "$results/picks.log" | sed 's/^/picks: /')"
 fi
 
 seconds=$(($(left) - 15))

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import base, clock, gpus, providers, report, run, subject, tune, workloads
+from bench import base, clock, gpus, picks, providers, report, run, subject, tune, workloads
 from bench.providers import PROVIDERS, Provider
 from bench.workloads import MODES, Workload
 from fastlayers.kernels import _launch, _tiles
@@ -483,7 +483,9 @@ def bench(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", [("-m", "bench"), ("-m", "bench", "tune"), ("-m", "pytest", "bench")])
+@pytest.mark.parametrize(
+    "command", [("-m", "bench"), ("-m", "bench", "tune"), ("-m", "bench", "picks"), ("-m", "pytest", "bench")]
+)
 @pytest.mark.parametrize(("env", "message"), [({}, "no GPU"), ({"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set")])
 def test_refuses(command: tuple[str, ...], env: dict[str, str], message: str) -> None:
     done = bench(*command, **env)
@@ -609,7 +611,7 @@ def test_nothing_that_measures_needs_what_a_gpu_machine_may_lack() -> None:
     code = (
         "import sys\n"
         "for name in ('matplotlib', 'rich', 'pytest_benchmark', 'pytest', 'sklearn', 'numpy'): sys.modules[name] = None\n"
-        "import bench.run, bench.tune, bench.base, bench.audit\n"
+        "import bench.run, bench.tune, bench.picks, bench.base, bench.audit\n"
         "print('imported')"
     )
     assert bench("-c", code).stdout.strip() == "imported"
@@ -714,6 +716,123 @@ def test_tuning_runs_a_candidate_as_forced() -> None:
     assert time_of(this, Tile(24, 32, 16), 0) is None
 
 
+# Picks
+
+HOPPER = _tiles.Device("sm_90", 132)
+
+
+def test_every_job_has_every_way() -> None:
+    """Pointers and descriptors, pointers and boxes; names that tell them apart; what is forced is what is picked then."""
+    found = picks.jobs(HOPPER)
+    assert {job.name.split(" ")[0] for job in found[:2]} == {"linear", "conv2d"}
+    for job in found:
+        names = [way.name for way in job.ways]
+        assert names[0] == picks.PICKED
+        assert len(set(names)) == len(names)
+        kinds = {name.split(" ")[0] for name in names[1:]}
+        assert kinds == {"pointers", "descriptors" if job.name.startswith("linear") else "boxes"}, job.name
+        assert job.flops > 0
+    assert all({name.split(" ")[0] for name in (w.name for w in job.ways[1:])} == {"pointers"} for job in picks.jobs(
+        _tiles.Device("sm_80", 108)
+    ))  # fmt: skip
+
+
+def test_a_way_is_chosen_for_a_while() -> None:
+    """And leaves nothing behind."""
+    for make, ways in (
+        (lambda: picks._products(HOPPER), ("pointers small", "descriptors 64x64x64")),
+        (lambda: picks._convolutions(HOPPER), ("pointers small", "boxes small")),
+    ):
+        job = min(make(), key=lambda job: job.flops)
+        for prefix in ways:
+            way = next(way for way in job.ways if way.name.startswith(prefix))
+            with way.chosen():
+                if way.boxes is not None:
+                    assert _tiles.takes_boxes(job.flops, torch.bfloat16, "ieee", HOPPER) is way.boxes
+            assert _tiles.BOX_FLOPS == 500_000_000
+            assert not _tiles.forced
+
+
+def test_a_way_launches_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every job at its real size, without memory."""
+    launched: list[str] = []
+    monkeypatch.setattr(_launch, "launch", lambda kernel, programs, *a, **meta: launched.append(kernel.__name__))
+    monkeypatch.setattr(_tiles, "device", lambda device: HOPPER)
+    monkeypatch.setattr(
+        picks, "draw", lambda shape, dtype, device, seed: torch.empty(shape, dtype=dtype, device=device)
+    )
+    for this in picks.jobs(HOPPER):
+        call, pointwise = this.make(torch.device("meta")), "1x1 stride 1" in this.name
+        for way in this.ways:
+            launched.clear()
+            with way.chosen():
+                call()
+            tma = any("tma" in kernel or "box" in kernel for kernel in launched)
+            assert way.name == picks.PICKED or pointwise or tma is not way.name.startswith("pointers"), (
+                this.name,
+                way.name,
+            )
+
+
+def job(name: str, flops: int) -> picks.Job:
+    return picks.Job(
+        name, flops, lambda device: lambda: torch.ones(1), (picks.Way(picks.PICKED, {}), picks.Way("pointers a", {}))
+    )
+
+
+def test_regret_and_what_follows() -> None:
+    fast, slow = "descriptors 128x256x64 w8s4", "descriptors 64x64x64 w4s5"
+    measured = [
+        (
+            job("linear large", 10**12),
+            {"picked": 1.0, fast: 1.0, slow: 2.0, f"{slow} in 4 shares": 0.1, "pointers a": 3.0},
+        ),
+        (job("linear larger", 10**13), {"picked": 4.0, fast: 2.0, slow: 2.5, "pointers a": 6.0}),
+        (job("linear small", 10**8), {"picked": 1.0, fast: 1.5, slow: 1.0, "pointers a": 0.5}),
+        (job("conv2d small", 10**8), {"picked": 1.0, "boxes a": 1.5, "pointers a": 0.5}),
+        (job("conv2d other", 10**7), {"picked": 1.0, "pointers a": 1.0}),
+    ]
+    assert picks.regret(measured[1][1]) == (2.0, fast)
+    assert picks.regret(measured[4][1]) == (1.0, picks.PICKED)  # of equals the pick is the best
+    shares = picks.shares(measured)
+    assert shares == {"128x256x64 w8s4": pytest.approx(1.0), "64x64x64 w4s5": pytest.approx((0.5 * 0.8) ** 0.5)}
+    assert picks.break_even(measured[:3], "descriptors") == 10**8
+    assert picks.break_even(measured[:2], "descriptors") == 0
+    assert picks.break_even(measured[4:], "boxes") is None
+    text = picks.summary(measured)
+    assert "linear: pointers win up to 1e+08 FLOP" in text
+    assert "worst 10.00x: linear large" in text
+    assert "share of 64x64x64 w4s5: 0.63" in text
+    assert picks.summary([]) == "nothing was measured"
+
+
+def test_a_way_that_fails_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> torch.Tensor:
+        raise RuntimeError("out of resources\nshared memory")
+
+    this = picks.Job("linear broken", 1, lambda device: broken, (picks.Way(picks.PICKED, {}),))
+    assert picks.measure(this, picks._on_gpu(CPU)) == {}
+    assert "linear broken, picked: RuntimeError: ['out of resources']" in capsys.readouterr().out
+
+
+def test_a_wrong_way_is_no_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Clock:
+        def __init__(self, *_: Any):
+            pass
+
+        def sample(self) -> clock.Sample:
+            return clock.Sample(2.5, 0.0, 0.0)
+
+    monkeypatch.setattr(clock, "Clock", Clock)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    this = picks.Job(
+        "linear", 1, lambda device: lambda: torch.ones(3) + bool(_tiles.forced),
+        (picks.Way(picks.PICKED, {}), picks.Way("pointers a", dict(product=Tile(16, 16, 16))), picks.Way("pointers b", {})),
+    )  # fmt: skip
+    assert picks.measure(this, picks._on_gpu(CPU)) == {picks.PICKED: 2.5, "pointers b": 2.5}
+    assert "pointers a: AssertionError" in capsys.readouterr().out
+
+
 # The script
 
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
@@ -744,6 +863,8 @@ elif "import sklearn" in text:
     sys.exit(1)
 elif args[:2] == ["-m", "fastlayers"]:
     print("self-check")
+elif args[:3] == ["-m", "bench", "picks"]:
+    print("linear: picks take 1.020x the best way")
 elif args[:2] == ["-m", "bench"] and args[2] != "report":
     out = args[args.index("--out") + 1]
     os.makedirs(out)
@@ -774,12 +895,14 @@ def test_script_reports_a_benchmark_that_was_killed(tmp_path: Path, results: dic
     stub = tmp_path / "stub"
     stub.write_text(STUB.format(python=sys.executable, rows=str(rows)))
     stub.chmod(0o755)
-    done = script("--minutes", "4", str(tmp_path / "results"), python=str(stub))
+    done = script("--minutes", "6", str(tmp_path / "results"), python=str(stub))
     assert done.returncode == 1, done.stdout + done.stderr
     summary = (tmp_path / "results" / "summary.txt").read_text()
     assert "GPU: NVIDIA H200" in summary
     assert "tests: without tests/test_demo.py, sklearn is not installed" in summary
+    assert re.search(r"tests-of-the-gpu: .*1 passed", summary)
     assert re.search(r"tests: .*1 passed", summary)
+    assert "picks: linear: picks take 1.020x the best way" in summary
     assert "compute-sanitizer: not on this machine" in summary
     assert "benchmark: ended with status 137" in summary
     assert "2 of 4 workloads are slower" in done.stdout

@@ -118,7 +118,7 @@ def _forward(
     x, w, b, *statistics = tensors
     assert x is not None and w is not None
     y = _output(x, w, g, channels_last)
-    norm = None if eps is None else epilogues.Norm(*cast(Any, statistics), eps)
+    norm = None if eps is None else epilogues.Norm(*cast(Any, (*statistics, eps)))
     kernels.conv2d(
         _images(x), w, b, _images(y), then=None if then is None else then.name, norm=norm, precision=precision,
         **g.arguments(),
