@@ -53,7 +53,7 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
         kind = type(module)
         declared = read(kind)
         normalizes = declared.get("normalizes", normalizes)
-        fuses = bool(declared) or (kind is normalizes and _only_applies_statistics(module))
+        fuses = len(declared) > 0 or (kind is normalizes and _only_applies_statistics(module))
         kinds.append(kind)
         joins.append(fuses and not everyone_is_watched and not _is_watched(module))
     return [
