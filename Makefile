@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto
 
-# The kernels compiled for four GPU generations, and their machine code compared with what is committed; needs no GPU.
+# The kernels compiled for six GPU generations, and their machine code compared with what is committed; needs no GPU.
 compile: $(VENV)/installed
 	$(BIN)/python -m bench audit
 

@@ -176,6 +176,18 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
                     )
 
 
+def _specialized_cases() -> Iterator[Case]:
+    """matmul by warps with a job each, in all layouts of its operands."""
+    product = _tiles.specialized(_tiles.Device("sm_90", 132))
+    tile = product.tile
+    for dtype in _KINDS["16"]:
+        for direction, _, call in _matmul_calls(0, dtype, "ieee"):
+            if direction in ("forward", "input grad", "weight grad"):
+                name = f"matmul specialized {direction} 16 {tile.m}x{tile.n}x{tile.k} s{tile.stages}"
+                kernel = "_matmul_specialized_kernel"
+                yield Case(name, kernel, dtype, call, dict(matmul=product), targets=("sm_90",))
+
+
 def _conv_calls(dtype: torch.dtype, precision: str, c: int, size: int) -> Iterator[Call]:
     t, last = _maker(dtype), torch.channels_last
     geometry = _geometry(2, 1, precision)
@@ -312,7 +324,9 @@ def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
 @functools.cache
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
-    every = (*_product_cases(target), *_descriptor_cases(target), *_box_cases(), *_memory_cases())
+    every = (
+        *_product_cases(target), *_descriptor_cases(target), *_specialized_cases(), *_box_cases(), *_memory_cases(),
+    )  # fmt: skip
     narrow = [case for case in every if target in case.targets]
     return narrow + [
         dataclasses.replace(case, wide=True)

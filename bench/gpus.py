@@ -24,6 +24,18 @@ GPUS = {
         2.039,
         "NVIDIA A100 Tensor Core GPU datasheet, 80 GB SXM",
     ),
+    "RTX A6000": GPU(
+        "sm_86",
+        {"16": 154.8, "tf32": 77.4, "ieee": 38.7, "64": 0.6},
+        0.768,
+        "NVIDIA RTX A6000 datasheet and GA102 whitepaper; float64 is a 64th of float32",
+    ),
+    "L40S": GPU(
+        "sm_89",
+        {"16": 362.0, "tf32": 183.0, "ieee": 91.6, "64": 1.4},
+        0.864,
+        "NVIDIA L40S datasheet; float64 is a 64th of float32",
+    ),
     "H100": GPU(
         "sm_90",
         {"16": 989.4, "tf32": 494.7, "ieee": 66.9, "64": 66.9},

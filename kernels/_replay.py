@@ -420,7 +420,7 @@ class Replayable:
             results = take.play(present, addresses)
             if results is not None:
                 return results
-            self.kinds.pop(_key(present, options))  # the world has changed
+            self.kinds.pop(_key(present, options), None)  # the world has changed
             return self.work(tensors, *options)
         if _Guards is None or _launch.here.listener is not None or not _ordinary():
             return self.work(tensors, *options)

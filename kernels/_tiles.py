@@ -121,6 +121,8 @@ class Product:
     """This many programs take one tile after the other; 0: a program for each tile."""
     transposed: bool = False
     """c^T = b^T @ a^T: the few rows of a as columns, where the narrowest tile is 16 wide instead of 64."""
+    specialized: bool = False
+    """By warps with a job each; persistent as well."""
 
 
 # The same products through descriptors, for matmul: tile and the share of the arithmetic peak that it is thought to
@@ -186,6 +188,15 @@ No device has measured their error yet, and near float32's maximum the split ove
 here once tests/test_gpu.py::test_strict_float32_on_tensor_cores has passed on that architecture, and whoever adds it
 accepts infinity where a factor lies within 2**-12 of float32's maximum.
 """
+
+
+SPECIALIZED: tuple[str, ...] = ()
+"""Architectures on which large products in 16 bits run by warps with a job each (matmul_specialized.py): "sm_90", say.
+
+Empty: no device has run that kernel. A name belongs here once tests/test_gpu.py::test_specialized_products has passed on
+that architecture and `python -m bench picks` finds it the fastest way for large products.
+"""
+_SPECIALIZED = Tile(128, 256, 64, warps=4, stages=3)
 
 
 @dataclass(frozen=True)
@@ -298,6 +309,7 @@ def matmul(
     *,
     vectors: bool,
     descriptors: bool = False,
+    plain: bool = False,
     column_sums: bool = False,
     operand_sums: bool = False,
 ) -> Product:
@@ -307,6 +319,7 @@ def matmul(
         vectors: both operands can be loaded 128 bits at a time. Element by element, or with offsets of 64 bits, the
             addresses alone fill the registers of all but small tiles.
         descriptors: both operands can stand behind descriptors.
+        plain: c can stand behind one too, and nothing is read or added up to make it but a bias.
         column_sums: the epilogue adds up columns of c, so that K is not shared out and c not transposed.
         operand_sums: the first column of tiles adds up rows of a, so that c is not transposed.
     """
@@ -320,7 +333,7 @@ def matmul(
         return Product(_INTERPRETER, precision)
     else:
         if descriptors:
-            product = _through_descriptors(m, n, k, dtype, precision, device, column_sums, operand_sums)
+            product = _through_descriptors(m, n, k, dtype, precision, device, plain, column_sums, operand_sums)
             if product is not None:
                 return product
         tile = _product(m, n, k, dtype, precision, device, vectors=vectors, light=not operand_sums)
@@ -344,6 +357,11 @@ def descriptor_products(architecture: str) -> dict[str, list[Product]]:
     return products
 
 
+def specialized(device: Device) -> Product:
+    """The product by warps with a job each."""
+    return Product(_SPECIALIZED, "ieee", descriptors=True, programs=device.multiprocessors, specialized=True)
+
+
 def _can_persist(tile: Tile) -> bool:
     """Whether a persistent program of this tile is worth compiling: a small one's seams are short."""
     return tile.m * tile.n >= 128 * 128
@@ -351,7 +369,15 @@ def _can_persist(tile: Tile) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _through_descriptors(
-    m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device, column_sums: bool, operand_sums: bool
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    plain: bool,
+    column_sums: bool,
+    operand_sums: bool,
 ) -> Product | None:
     """The product that ought to take the fewest cycles, or None where pointers serve better: on other architectures, for
     other arithmetic, and for what is done before the host has made a descriptor."""
@@ -376,6 +402,9 @@ def _through_descriptors(
             if cycles < least:
                 best, least = candidate, cycles
     assert best is not None
+    large = best.splits == 1 and not best.transposed and (best.tile.m * best.tile.n >= _SPECIALIZED.m * _SPECIALIZED.n)
+    if device.architecture in SPECIALIZED and kind == "16" and plain and large:
+        return specialized(device)
     # Several tiles for each multiprocessor and few steps in each: worth fetching across the seam between two tiles.
     several = cdiv(m, best.tile.m) * cdiv(n, best.tile.n) >= 2 * device.multiprocessors and k <= 2048
     if several and _can_persist(best.tile) and best.splits == 1 and not best.transposed and not operand_sums:

@@ -298,8 +298,14 @@ def matmul(
         m, n, k, a.dtype, precision, _tiles.device(a.device),
         vectors=not wide and _launch.vectors(a) and _launch.vectors(b),
         descriptors=_fits_a_descriptor(a) and _fits_a_descriptor(b),
+        plain=not (undo or column_sums or operand_sums) and out.stride(1) == 1 and _fits_a_descriptor(out),
         column_sums=column_sums is not None, operand_sums=operand_sums is not None,
     )  # fmt: skip
+    if plan.specialized:
+        from . import matmul_specialized  # Gluon, which nothing else needs
+
+        matmul_specialized.matmul(a, b, out, plan, bias=bias, then=then)
+        return out, None
     tile, splits = plan.tile, plan.splits
     c, sums, rows = out, None, None
     if splits > 1:
