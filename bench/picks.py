@@ -11,7 +11,8 @@ at the end the geometric mean, and what follows for the seeds in kernels/_tiles.
 - the FLOPs up to which pointers win: the limit in `_through_descriptors`, and `BOX_FLOPS`.
 
 One set of inputs is used again and again: what fits into the L2 is read from there. A way that fails, or disagrees with the
-pick, is named with its error.
+pick, is named with its error. With FASTLAYERS_SPECIALIZED=1 kernels/matmul_specialized.py is among the ways: if it hangs, on
+a device that it has not been tried on, so does all of this.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -92,6 +94,9 @@ def _product_ways(m: int, n: int, k: int, device: _tiles.Device) -> tuple[Way, .
             how = " transposed" * product.transposed + " persistent" * (product.programs > 0)
             name = f"descriptors {value_of(product.tile)}{how}{f' in {splits} shares' * several}"
             ways.append(Way(name, dict(matmul=replace(product, splits=splits))))
+    if device.architecture == "sm_90" and m >= 128 and os.environ.get("FASTLAYERS_SPECIALIZED"):
+        product = _tiles.specialized(device)
+        ways.append(Way(f"descriptors {value_of(product.tile)} specialized", dict(matmul=product)))
     return (Way(PICKED, {}), *ways)
 
 

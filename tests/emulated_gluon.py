@@ -1,9 +1,9 @@
-"""What kernels/matmul_specialized.py uses of Gluon, in NumPy and threads: its own Python functions run here, a thread for each
-job, with barriers that count phases as PTX's do, and with everything asynchronous done as early or as late as is allowed.
+"""What kernels/matmul_specialized.py uses of Gluon, in NumPy and threads: its own Python functions run here, a thread for
+each job, with barriers that count phases as PTX's do, and with everything asynchronous done as early or as late as may be.
 
-From the moment that a fetch is issued its place in shared memory is NaN until it arrives. A product reads its operands either
-when it is issued or when it is waited for. A tile is written to memory when it is issued, or when it is waited for. So what
-is used too early or overwritten too soon shows in the result; what waits for ever, as a thread that doesn't end.
+From the moment that a fetch is issued its place in shared memory is NaN until it arrives. A product reads its operands
+either when it is issued or when it is waited for. A tile is written to memory when it is issued, or when it is waited for.
+So what is used too early or overwritten too soon shows in the result; what waits for ever, as a thread that doesn't end.
 """
 
 from __future__ import annotations

@@ -767,7 +767,8 @@ def test_a_way_launches_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> No
             launched.clear()
             with way.chosen():
                 call()
-            tma = any("tma" in kernel or "box" in kernel for kernel in launched)
+            assert ("_matmul_specialized_kernel" in launched) is way.name.endswith("specialized")
+            tma = any(part in kernel for kernel in launched for part in ("tma", "box", "specialized"))
             assert way.name == picks.PICKED or pointwise or tma is not way.name.startswith("pointers"), (
                 this.name,
                 way.name,
@@ -900,6 +901,7 @@ def test_script_reports_a_benchmark_that_was_killed(tmp_path: Path, results: dic
     summary = (tmp_path / "results" / "summary.txt").read_text()
     assert "GPU: NVIDIA H200" in summary
     assert "tests: without tests/test_demo.py, sklearn is not installed" in summary
+    assert re.search(r"specialized products: .*1 passed", summary)
     assert re.search(r"tests-of-the-gpu: .*1 passed", summary)
     assert re.search(r"tests: .*1 passed", summary)
     assert "picks: linear: picks take 1.020x the best way" in summary

@@ -282,6 +282,26 @@ def test_shipped_tiles_of_conv2d(
         assert (a - c).norm() <= 2 * (b - c).norm() + torch.finfo(dtype).eps * c.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [(False, True), (False, False), (True, False), (True, True)], ids=str)
+def test_specialized_products(dtype: torch.dtype, transposed: tuple[bool, bool], device: torch.device) -> None:
+    """By warps with a job each, in all layouts: over the edge of a tile, few steps and many, several tiles for a program."""
+    if _tiles.device(device).architecture != "sm_90":
+        pytest.skip("needs a Hopper GPU")
+    product = _tiles.specialized(_tiles.device(device))
+    for m, n, k in ((128, 256, 64), (200, 520, 72), (8, 16, 1000), (4096, 8192, 136), (3000, 1000, 4096)):
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        left, right = (t.T.contiguous().T if flag else t for t, flag in zip((a, b), transposed, strict=True))
+        bias = torch.randn(n, device=device, dtype=dtype)
+        exact = a.double() @ b.double()
+        for repeat in range(3):
+            with _tiles.force(matmul=product):
+                c, _ = matmul(left, right, precision="ieee")
+                d, _ = matmul(left, right, bias=bias, then="relu", precision="ieee")
+            for got, want in ((c, exact), (d, (exact + bias.double()).relu())):
+                assert (got - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm(), (m, n, k, repeat)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("x_shape", "w_shape", "geometry"),
