@@ -111,8 +111,8 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
     for tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             return f"layout is {'nested' if tensor.is_nested else tensor.layout}"
-        if not torch.compiler.is_compiling() and tensor.is_neg():  # torch resolves it before an operator is called
-            return "a lazily negated view"
+        if not torch.compiler.is_compiling() and _has_no_memory_of_its_own(tensor):
+            return "a lazily negated view" if tensor.is_neg() else "a tensor without memory of its own"
         if tensor.device != first.device:
             return BadInput(f"tensors on {first.device} and {tensor.device}")
     reason = _why_not_device(first.device)
@@ -124,6 +124,11 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
         if (tensor.dtype if probe is None else _dtypes.after_autocast(probe, tensor)) != dtype:
             return BadInput(f"tensors of {first.dtype} and {tensor.dtype}")
     return why_not_dtype(dtype)
+
+
+def _has_no_memory_of_its_own(tensor: torch.Tensor) -> bool:
+    """Whether torch does something about it before an operator is called: negates it, makes zeros of nothing, unwraps it."""
+    return tensor.is_neg() or tensor._is_zerotensor() or torch._is_functional_tensor(tensor)
 
 
 def _observed() -> str | None:
@@ -203,7 +208,7 @@ def backward(work: Any, tensors: Sequence[torch.Tensor | None], options: tuple[A
         _observed() is not None
         or type(dy) is not torch.Tensor
         or dy.layout is not torch.strided
-        or dy.is_neg()
+        or _has_no_memory_of_its_own(dy)
         or torch._C._functorch.is_legacy_batchedtensor(dy)  # pyright: ignore[reportAttributeAccessIssue]
     ):
         return None

@@ -61,6 +61,20 @@ def test_every_reason(device: torch.device) -> None:
     assert next(iter(seen[0])).reason == "a functorch transform is active"
 
 
+def test_tensors_without_memory_are_torchs(device: torch.device) -> None:
+    """Zeros that nobody stored, and what functionalization wraps: first, and after calls that are replayed."""
+    fastlayers.policy("auto")
+    x, w = torch.randn(4, 4, device=device), torch.randn(4, 4, device=device)
+    for _ in range(4):
+        for odd in (torch._efficientzerotensor((4, 4), device=device), torch._to_functional_tensor(x)):
+            for ours, theirs in ((FL.linear, F.linear), (lambda t, _: FL.relu(t), lambda t, _: F.relu(t))):
+                got, want = ours(odd, w), theirs(odd, w)
+                if torch._is_functional_tensor(want):
+                    got, want = torch._from_functional_tensor(got), torch._from_functional_tensor(want)
+                torch.testing.assert_close(got + 0, want + 0)
+        torch.testing.assert_close(FL.linear(x, w), F.linear(x, w))
+
+
 def test_default_device_is_no_reason(device: torch.device) -> None:
     """torch.set_default_device keeps a TorchFunctionMode active for good."""
     with torch.device(device):
