@@ -128,7 +128,8 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
 
 def _has_no_memory_of_its_own(tensor: torch.Tensor) -> bool:
     """Whether torch does something about it before an operator is called: negates it, makes zeros of nothing, unwraps it."""
-    return tensor.is_neg() or tensor._is_zerotensor() or torch._is_functional_tensor(tensor)
+    is_wrapped = torch._is_functional_tensor(tensor)  # pyright: ignore[reportPrivateImportUsage]
+    return tensor.is_neg() or tensor._is_zerotensor() or is_wrapped
 
 
 def _observed() -> str | None:
