@@ -118,8 +118,7 @@ class Machine:
                 target.array[...] = tile
                 barrier.change(arrived=tile.size * 2)
 
-            self.fetches.append(threading.Thread(target=arrive, daemon=True))
-            self.fetches[-1].start()
+            self.fetches.append(self.start(arrive))
 
         def write(d: Any, corner: list[int], source: Shared) -> None:
             assert source.fenced, "written by threads, read by TMA, and no fence between"
@@ -198,19 +197,27 @@ class Machine:
         while len(stores) > pendings:
             stores.pop(0)()
 
+    def start(self, work: Callable[..., None], *args: Any) -> threading.Thread:
+        """A thread that does this, and leaves its error to be raised by `run_jobs`."""
+
+        def guarded() -> None:
+            try:
+                work(*args)
+            except BaseException as error:
+                self.errors.append(error)
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        return thread
+
     def run_jobs(self, jobs: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
         assert len(jobs) == 1 + len(warps) == 1 + len(registers)
 
         def work(job: Any, args: tuple[Any, ...]) -> None:
-            try:
-                job(*args)
-                self.finish_stores()  # what nobody waited for happens at last
-            except BaseException as error:
-                self.errors.append(error)
+            job(*args)
+            self.finish_stores()  # what nobody waited for happens at last
 
-        threads = [threading.Thread(target=work, args=job, daemon=True) for job in jobs]
-        for thread in threads:
-            thread.start()
+        threads = [self.start(work, *job) for job in jobs]
         for thread in threads + self.fetches:
             thread.join(2 * SECONDS)
             if thread.is_alive():
