@@ -211,6 +211,17 @@ def search(
     return times, *choose(medians, knob.shipped)
 
 
+def milliseconds(call: Callable[[], torch.Tensor], right: torch.Tensor) -> float | None:
+    """The GPU time of one call by graph replay, None if it can't be captured.
+
+    Raises:
+        AssertionError: if its result isn't `right`. Whatever the call raises.
+    """
+    torch.testing.assert_close(call(), right, rtol=2e-2, atol=2e-2 * right.abs().max().item())
+    samples = [clock.Clock([call], torch.cuda.Stream()).sample().gpu_ms for _ in range(3)]
+    return min((ms for ms in samples if ms is not None), default=None)
+
+
 def _on_gpu(device: torch.device) -> Callable[[Knob, Tile, int], float | None]:
     """Times by graph replay, after a comparison with the shipped tile's result."""
     ready: dict[tuple[str, int], tuple[Callable[[], Any], torch.Tensor]] = {}
@@ -224,11 +235,9 @@ def _on_gpu(device: torch.device) -> Callable[[Knob, Tile, int], float | None]:
         call, right = ready[knob.name, i]
         try:
             with _tiles.force(**{knob.forced: tile}):
-                torch.testing.assert_close(call(), right, rtol=2e-2, atol=2e-2 * right.abs().max().item())
-                samples = [clock.Clock([call], torch.cuda.Stream()).sample().gpu_ms for _ in range(3)]
+                return milliseconds(call, right)
         except Exception:  # out of resources, a compiler error, a wrong result: not a tile to ship
             return None
-        return min((ms for ms in samples if ms is not None), default=None)
 
     return time_of
 

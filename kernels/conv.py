@@ -381,8 +381,7 @@ def reads_channels_last(dz: torch.Tensor, w_shape: Sequence[int], precision: str
     """Whether the gradients of a convolution with this weight (O, C/groups, R, S) are computed from a dz in channels_last,
     which is copied if it isn't."""
     channels = w_shape[0] * dz.element_size() % 16 == 0 and w_shape[1] > 1
-    flops = 2 * dz.numel() * math.prod(w_shape[1:])
-    return channels and _tiles.takes_boxes(flops, dz.dtype, precision, _tiles.device(dz.device))
+    return channels and conv_box.takes(dz, w_shape, precision)
 
 
 def conv2d_output_grad(

@@ -21,6 +21,7 @@ Source: CUDA driver API, cuTensorMapEncodeTiled; implicit matrix product: Chetlu
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -264,14 +265,21 @@ def channels_last(
     if (height, width) == (h, w) and (h == 1 or x.stride(2) == w * x.stride(3)):  # its rows are one row
         height, width = 1, h * w
         image = x.as_strided((n, c, 1, width), (*x.stride()[:2], 0, x.stride(3)))
+    _copy(image, y, (height, width, pitch), left)
+    return y.permute(0, 3, 1, 2)
+
+
+def _copy(x: torch.Tensor, y: torch.Tensor, size: tuple[int, int, int], left: int = 0) -> None:
+    """Copy images x (N, C, H, W) of any strides into the memory of y, N images of `size`: rows, pixels, and the numbers to
+    each pixel. x's pixels begin at column `left`; zeros around it."""
+    height, width, pitch = size
     tile = _tiles.channels_last(pitch)
     _launch.launch(
-        _channels_last_kernel, n * height * _tiles.cdiv(width, tile.m) * _tiles.cdiv(pitch, tile.n),
-        image, y, *image.shape[1:], *image.stride(), height, width, left,
-        PITCH=pitch, WIDE=_launch.wide(x, y), RUN=math.gcd(_run(image, tile.m), left),
+        _channels_last_kernel, len(x) * height * _tiles.cdiv(width, tile.m) * _tiles.cdiv(pitch, tile.n),
+        x, y, *x.shape[1:], *x.stride(), height, width, left,
+        PITCH=pitch, WIDE=_launch.wide(x, y), RUN=math.gcd(_run(x, tile.m), left),
         TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
-    return y.permute(0, 3, 1, 2)
 
 
 def _run(image: torch.Tensor, most: int) -> int:
@@ -286,16 +294,11 @@ def _run(image: torch.Tensor, most: int) -> int:
 def _unpack(packed: torch.Tensor, w: torch.Tensor) -> None:
     """Copy the first C channels of packed (O, R, S, pitch) into w (O, C, R, S), contiguous or in channels_last."""
     o, c, r, s = w.shape
+    row, pitch = packed.stride(0), packed.shape[3]
     if w.is_contiguous():  # as images of C rows of taps, each of a single channel
-        channels, height, pitch = 1, c, 1
+        _copy(packed.as_strided((o, 1, c, r * s), (row, 1, 1, pitch)), w, (c, r * s, 1))
     else:
-        channels, height, pitch = c, 1, c
-    tile = _tiles.channels_last(pitch)
-    _launch.launch(
-        _channels_last_kernel, o * height * _tiles.cdiv(r * s, tile.m) * _tiles.cdiv(pitch, tile.n),
-        packed, w, channels, height, r * s, packed.stride(0), 1, 1, packed.shape[3], height, r * s, 0,
-        PITCH=pitch, WIDE=_launch.wide(packed, w), RUN=1, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
-    )  # fmt: skip
+        _copy(packed.as_strided((o, c, 1, r * s), (row, 1, 1, pitch)), w, (1, r * s, c))
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -387,9 +390,11 @@ def _stem(x: torch.Tensor, s: int, out_width: int, stride: Pair, padding: int) -
     return copy.as_strided((n, s * pitch, height, out_width), (height * row, 1, row, stride[1] * pitch)), pitch
 
 
-def flops(y: torch.Tensor, w: torch.Tensor) -> int:
-    """Of the convolution with the result y (N, O, OH, OW) and the weight w (O, C/groups, R, S), and of each gradient."""
-    return 2 * y.numel() * math.prod(w.shape[1:])
+def takes(y: torch.Tensor, w_shape: Sequence[int], precision: str) -> bool:
+    """Whether boxes are a way for the convolution with the result y (N, O, OH, OW) and a weight (O, C/groups, R, S), and for
+    its gradients, which cost as much each."""
+    flops = 2 * y.numel() * math.prod(w_shape[1:])
+    return _tiles.takes_boxes(flops, y.dtype, precision, _tiles.device(y.device))
 
 
 def _whole(size: int, unit: int) -> int:
@@ -412,7 +417,7 @@ def conv2d(
     norm: epilogues.Norm | None,
 ) -> bool:
     """As `conv.conv2d`; False, and nothing done, where a box is no way to compute it. No descriptor holds no images."""
-    if len(x) == 0 or not _tiles.takes_boxes(flops(y, w), x.dtype, precision, _tiles.device(x.device)):
+    if len(x) == 0 or not takes(y, w.shape, precision):
         return False
     if _is_stem(x, w, dilation, groups):
         o, _, r, s = w.shape
@@ -439,7 +444,7 @@ def conv2d_input_grad(
     precision: str,
 ) -> bool:
     """As `conv.conv2d_input_grad`; False, and nothing done, where a box is no way to compute it."""
-    if len(dz) == 0 or not _tiles.takes_boxes(flops(dz, w), dz.dtype, precision, _tiles.device(dz.device)):
+    if len(dz) == 0 or not takes(dz, w.shape, precision):
         return False
     return _launch_box(
         dz, w, dx, None, stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision,
@@ -508,8 +513,7 @@ def conv2d_weight_grad(
     precision: str,
 ) -> bool:
     """As `conv.conv2d_weight_grad`; False, and nothing done, where a box is no way to compute it."""
-    device = _tiles.device(dz.device)
-    if len(x) == 0 or not _tiles.takes_boxes(flops(dz, dw), dz.dtype, precision, device):
+    if len(x) == 0 or not takes(dz, dw.shape, precision):
         return False
     target = dw
     stem = _is_stem(x, dw, dilation, groups)
@@ -525,7 +529,7 @@ def conv2d_weight_grad(
     x, dz = _operand(x, stride), _operand(dz)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     tile, (images, rows_h, rows_w), splits = _tiles.conv_box_weight_grad(
-        c, o, (n, h, v), r * s * groups, x.dtype, precision, device
+        c, o, (n, h, v), r * s * groups, x.dtype, precision, _tiles.device(x.device)
     )
     boxes = _tiles.cdiv(n, images) * _tiles.cdiv(h, rows_h) * _tiles.cdiv(v, rows_w)
     out = target if splits == 1 else _launch.empty((splits, target.numel()), dtype=accumulate, device=dw.device)

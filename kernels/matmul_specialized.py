@@ -22,19 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import _launch, _tiles, epilogues
+from .matmul import _descriptor as _plain_descriptor
+from .matmul import _place
 
 # Triton 3.8 renames them.
 _fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _write = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-
-@gluon.jit
-def _place(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles at a time, so that neighbours in time share operands in L2."""
-    first = tile // (GROUP * tiles_n) * GROUP
-    rows = min(tiles_m - first, GROUP)
-    rest = tile % (GROUP * tiles_n)
-    return first + rest % rows, rest // rows
 
 
 @gluon.jit
@@ -154,12 +147,10 @@ def _matmul_specialized_kernel(
 
 def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> tuple[TensorDescriptor, bool]:
     """A descriptor of tiles of rows x columns, and whether it is one of the transpose."""
-    transposed = matrix.stride(1) != 1
-    block = [columns, rows] if transposed else [rows, columns]
-    matrix = matrix.T if transposed else matrix
+    tiles, transposed = _plain_descriptor(matrix, rows, columns)
     dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[matrix.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], block, layout), transposed
+    layout = gl.NVMMASharedLayout.get_default_for(tiles.block_shape, dtype)
+    return TensorDescriptor(tiles.base, tiles.shape, tiles.strides, tiles.block_shape, layout), transposed
 
 
 def matmul(

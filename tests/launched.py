@@ -164,6 +164,16 @@ def seen(gpu: Gpu, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> 
     return launches, [(t.shape, t.stride(), t.dtype) for t in made]
 
 
+def same(gpu: Gpu, run: Callable[[], None], counted: list[None], repeat: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step, replayed both ways from the third time on, launches what it does without replays."""
+    before = len(counted)
+    got = seen(gpu, run, monkeypatch)
+    assert repeat < 2 or len(counted) == before + 2
+    with ordinarily():
+        assert got == seen(gpu, run, monkeypatch)
+    assert got[0]
+
+
 def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows by one at every replay."""
     counted: list[None] = []
@@ -219,12 +229,7 @@ def test_a_replay_launches_what_triton_would(dtype: torch.dtype, gpu: Gpu, monke
         for x, w, b in linears(dtype):
             leaves = [t.detach().requires_grad_() if t is not None and not t.is_leaf else t for t in (x, w, b)]
             run = step(FL.linear, *leaves)
-            before = len(counted)
-            got = seen(gpu, run, monkeypatch)
-            assert repeat < 2 or len(counted) == before + 2
-            with ordinarily():
-                assert got == seen(gpu, run, monkeypatch)
-            assert got[0]
+            same(gpu, run, counted, repeat, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,11 +242,7 @@ def test_a_replay_of_other_layers(dtype: torch.dtype, gpu: Gpu, monkeypatch: pyt
             x = odd(x.detach()).requires_grad_() if unaligned else x
             for layer in (FL.relu, lambda x: FL.softmax(x, -1), lambda x: FL.softmax(x, 0)):
                 run = step(layer, x)
-                before = len(counted)
-                got = seen(gpu, run, monkeypatch)
-                assert repeat < 2 or len(counted) == before + 2
-                with ordinarily():
-                    assert got == seen(gpu, run, monkeypatch)
+                same(gpu, run, counted, repeat, monkeypatch)
 
 
 def convolutions(dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
@@ -276,12 +277,7 @@ def test_a_replay_of_convolutions(dtype: torch.dtype, boxes: bool, gpu: Gpu, mon
     for repeat in range(3):
         for leaves, geometry in convolutions(dtype):
             run = step(lambda *t, geometry=geometry: FL.conv2d(*t, **geometry), *leaves)
-            before = len(counted)
-            got = seen(gpu, run, monkeypatch)
-            assert repeat < 2 or len(counted) == before + 2
-            with ordinarily():
-                assert got == seen(gpu, run, monkeypatch)
-            assert got[0]
+            same(gpu, run, counted, repeat, monkeypatch)
 
 
 def test_tensor_maps_are_made_once_for_an_address(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import launched
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ import fastlayers
 import fastlayers.functional as FL
 from bench import host
 from fastlayers import nn
-from fastlayers.kernels import _launch, _replay, _tiles, matmul
+from fastlayers.kernels import _launch, _tiles, matmul
 
 LAST = torch.channels_last
 
@@ -38,10 +39,7 @@ def cuda() -> Iterator[Any]:
 
 @pytest.fixture
 def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    counted: list[None] = []
-    play = _replay._Take.play
-    monkeypatch.setattr(_replay._Take, "play", lambda *a: (counted.append(None), play(*a))[1])
-    return counted
+    return launched.plays(monkeypatch)
 
 
 def test_a_replay_reaches_cuda_as_triton_does(cuda: Any, plays: list[None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,51 +47,30 @@ def clean(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""} | more
 
 
-def test_what_reaches_triton() -> None:
-    """The checks in launched.py, in a process that does not interpret."""
-    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests" / "launched.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options], cwd=ROOT, env=clean(), capture_output=True, text=True, check=False
-    )
+def passes_elsewhere(file: str, **environment: str) -> None:
+    """The tests in a file of this folder, in a process that does not interpret."""
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests" / file)]
+    command, env = [sys.executable, "-m", "pytest", *options], clean(**environment)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+def test_what_reaches_triton() -> None:
+    passes_elsewhere("launched.py")
 
 
 def test_what_reaches_cuda(tmp_path: Path) -> None:
-    """The checks in launched_in_c.py, with a libcuda.so of our own for Triton's launcher to call."""
+    """With a libcuda.so of our own for Triton's launcher to call."""
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     if not host._LAUNCHES_FROM_PYTHON or shutil.which("gcc") is None:
         pytest.skip("needs triton 3.7, and a compiler for C")
-    library = tmp_path / "libcuda.so.1"
+    options = f"-Wall -Werror -shared -fPIC -I{include} -Wl,-soname,libcuda.so.1".split()
     source = str(ROOT / "tests" / "libcuda.c")
-    build = [
-        "gcc",
-        "-Wall",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        f"-I{include}",
-        source,
-        "-o",
-        str(library),
-        f"-Wl,-soname,{library.name}",
-    ]
-    subprocess.run(build, check=True)
-    options = [
-        "-q",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        str(ROOT / "tests" / "launched_in_c.py"),
-    ]
-    env = clean(
-        TRITON_LIBCUDA_PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache")
+    subprocess.run(["gcc", *options, source, "-o", str(tmp_path / "libcuda.so.1")], check=True)
+    here = str(tmp_path)
+    passes_elsewhere(
+        "launched_in_c.py", TRITON_LIBCUDA_PATH=here, LD_LIBRARY_PATH=here, TRITON_CACHE_DIR=str(tmp_path / "cache")
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
 
 
 def models(device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -301,12 +280,14 @@ class _Logged(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-LAYERS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]]] = {
-    "linear": (FL.linear, ((4, 6), (5, 6), (5,))),
-    "conv2d": (FL.conv2d, ((2, 3, 5, 5), (4, 3, 2, 2), (4,))),
-    "relu": (FL.relu, ((4, 6),)),
-    "softmax": (lambda x: FL.softmax(x, -1), ((4, 6),)),
+Layer = Callable[..., torch.Tensor]
+LAYERS: dict[str, tuple[Layer, Layer, tuple[tuple[int, ...], ...]]] = {
+    "linear": (FL.linear, F.linear, ((4, 6), (5, 6), (5,))),
+    "conv2d": (FL.conv2d, F.conv2d, ((2, 3, 5, 5), (4, 3, 2, 2), (4,))),
+    "relu": (FL.relu, F.relu, ((4, 6),)),
+    "softmax": (lambda x: FL.softmax(x, -1), lambda x: F.softmax(x, -1), ((4, 6),)),
 }
+"""Ours, torch's, and the sizes of their tensors."""
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -315,9 +296,8 @@ LAYERS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]
 def test_a_replay_escapes_nobody(name: str, grad: bool, plays: list[None], device: torch.device) -> None:
     """Once replays go on, whoever begins to watch or to transform a call is noticed at once, and nobody afterwards."""
     fastlayers.policy("auto")
-    layer, shapes = LAYERS[name]
+    layer, twin, shapes = LAYERS[name]
     tensors = [torch.randn(shape, device=device, requires_grad=grad) for shape in shapes]
-    twin = {"linear": F.linear, "conv2d": F.conv2d, "relu": F.relu, "softmax": lambda x: F.softmax(x, -1)}[name]
     x, *rest = tensors
 
     def replays(call: Callable[[], object]) -> int:
@@ -387,8 +367,7 @@ def test_a_replay_escapes_nobody(name: str, grad: bool, plays: list[None], devic
 @pytest.mark.parametrize("name", ["linear", "conv2d", "softmax"])
 def test_autocast_is_replayed(name: str, plays: list[None], device: torch.device) -> None:
     """Whatever the region's dtype, and whatever the tensors': as outside, once they are converted."""
-    layer, shapes = LAYERS[name]
-    twin = {"linear": F.linear, "conv2d": F.conv2d, "softmax": lambda x: F.softmax(x, -1)}[name]
+    layer, twin, shapes = LAYERS[name]
     for repeat in range(4):
         for region, dtype in (
             (torch.bfloat16, torch.float32),

@@ -340,8 +340,13 @@ def _conv2d(
         return traced.conv2d(x, w, b, then, geometry, channels_last, norm, grad)
     if grad:
         return _Conv2d.apply(x, w, b, then, geometry, channels_last, None)  # type: ignore[return-value]
-    statistics, eps = (norm[:4], norm[4]) if norm is not None else ((), None)
+    statistics, eps = _split(norm)
     return _forward((x, w, b, *statistics), then, geometry, channels_last, eps, _precision(x.dtype))[0]
+
+
+def _split(norm: Norm | None) -> tuple[Tensors, float | None]:
+    """Its tensors and eps; none without one."""
+    return ((), None) if norm is None else (norm[:4], norm[4])
 
 
 _apply = _dispatch.applying(_Conv2d)
@@ -371,7 +376,7 @@ def _again(
     if not (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation) and type(groups) is int):
         return None
     g = _known_geometry(weight.shape[2:], stride, padding, dilation, groups)
-    statistics, eps = (norm[:4], norm[4]) if norm is not None else ((), None)
+    statistics, eps = _split(norm)
     tensors: Tensors = (input, weight, bias, *statistics)
     if torch._C._is_any_autocast_enabled():
         dtype = _dtypes.after_autocast(_probe, input)
