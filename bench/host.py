@@ -15,6 +15,7 @@ machine slows both.
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import platform
@@ -153,6 +154,17 @@ def _family(name: str, theirs: Callable[..., Any], ours: Callable[..., Any], *te
     ]
 
 
+def _layer(name: str, make: Callable[[Any], torch.nn.Module], x: torch.Tensor) -> list[Case]:
+    """The same of a module, as most call it."""
+    frozen = [make(space).requires_grad_(False) for space in (torch.nn, nn)]
+    trained = [make(space) for space in (torch.nn, nn)]
+    steps = [_backward(functools.partial(layer, x), [*layer.parameters()]) for layer in trained]
+    return [
+        Case(f"{name} layer forward", *[functools.partial(layer, x) for layer in frozen], goal=1.3),
+        Case(f"{name} layer forward + backward", *steps, goal=1.2),
+    ]
+
+
 def _mlp(space: Any, *widths: int) -> torch.nn.Module:
     a, b, c, d = widths
     return space.Sequential(space.Linear(a, b), space.ReLU(), space.Linear(b, c), space.ReLU(), space.Linear(c, d))
@@ -162,9 +174,11 @@ def cases() -> list[Case]:
     """What is timed. The tutorial MLP: ours at its real sizes, torch's at sizes that the CPU computes in no time."""
     r = torch.randn
     found = _family("linear", F.linear, FL.linear, r(8, 16), r(16, 16), r(16))
+    found += _layer("Linear", lambda space: space.Linear(16, 16), r(8, 16))
     found += _family("relu", F.relu, FL.relu, r(8, 16))
     found += _family("softmax", lambda x: F.softmax(x, -1), lambda x: FL.softmax(x, -1), r(8, 16))
     found += _family("conv2d 1x1", F.conv2d, FL.conv2d, r(2, 4, 4, 4), r(4, 4, 1, 1), r(4))
+    found += _layer("Conv2d", lambda space: space.Conv2d(4, 4, 1), r(2, 4, 4, 4))
     tensors = [r(8, 16), *(torch.nn.Parameter(r(shape)) for shape in ((16, 16), (16,)))]
 
     def autocast(function: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -207,18 +221,14 @@ def parts() -> dict[str, Callable[[], object]]:
     assert found is not None
     take, addresses, _ = found
     allocate = _launch.allocate_quickly["cpu"]
-    step = take.steps[0]
-    programs, run, function, fixed, pointers, rest, packs = step[2:9]
-    arguments = (*pointers([*addresses[:4], torch.empty(8, 16).data_ptr()]), *rest)
-    arguments = (arguments,) if packs else arguments
     return {
         "the whole call": lambda: FL.linear(*tensors),
         "does anybody watch?": _dispatch._escapes_guards,
         "recognising the tensors": lambda: find(tensors, options),
         "of that, the guards": lambda: check(*tensors),
         "allocating the output": lambda: allocate((8, 16), (16, 1), torch.float32),
-        "the launch, Triton's C stubbed": lambda: run(programs, 1, 1, 0, function, *fixed, *arguments),
-        "the replay, both within": lambda: take.play(tensors, addresses[:4]),
+        "that and the launch, Triton's C stubbed": lambda: take.script(allocate, 0, tensors, addresses),
+        "the replay, with both": lambda: take.play(tensors, addresses),
         "a call of an empty function (in each row)": lambda: None,
         "for comparison: the launch without a replay": lambda: linear_op._forward.work(tensors, *options),
     }

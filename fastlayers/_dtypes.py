@@ -14,14 +14,17 @@ _CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 # What torch.backends.cuda.matmul.fp32_precision and torch.backends.cudnn.conv.fp32_precision ask, 0.7 us sooner.
+_fp32_precision = torch._C._get_fp32_precision_getter
+
+
 def matmul_precision() -> str:
     """ "tf32" if torch allows it for matrix products on CUDA, else "ieee" (torch's default)."""
-    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
+    return "tf32" if _fp32_precision("cuda", "matmul") == "tf32" else "ieee"
 
 
 def conv_precision() -> str:
     """ "tf32" if torch allows it for convolutions in cuDNN (torch's default), else "ieee"."""
-    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32" else "ieee"
+    return "tf32" if _fp32_precision("cuda", "conv") == "tf32" else "ieee"
 
 
 def after_autocast(probe: Probe | None, tensor: torch.Tensor) -> torch.dtype:

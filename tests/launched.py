@@ -24,6 +24,7 @@ from bench import host
 from fastlayers import nn
 from fastlayers.kernels import (
     _launch,
+    _record,
     _replay,
     _tiles,
     conv,
@@ -177,8 +178,8 @@ def same(gpu: Gpu, run: Callable[[], None], counted: list[None], repeat: int, mo
 def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows by one at every replay."""
     counted: list[None] = []
-    play = _replay._Take.play
-    monkeypatch.setattr(_replay._Take, "play", lambda *a: (counted.append(None), play(*a))[1])
+    play = _record.Take.play
+    monkeypatch.setattr(_record.Take, "play", lambda *a: (counted.append(None), play(*a))[1])
     return counted
 
 
@@ -292,18 +293,18 @@ def test_tensor_maps_are_made_once_for_an_address(gpu: Gpu, monkeypatch: pytest.
     for _ in range(3):
         FL.conv2d(x, w)
     assert not made
-    others = [x.clone() for _ in range(2 * _replay.MAPS)]
+    others = [x.clone() for _ in range(2 * _record.MAPS)]
     for other in others:
         FL.conv2d(other, w)
     assert len({args[0] for args in made}) == len(others)
     (maps,) = {
         len(cell.cell_contents)
         for kinds in conv_op._forward.kinds.values()
-        for _, describe in kinds[0].take.steps[0][1]  # type: ignore[union-attr]
-        for cell in describe.__closure__
+        for describe in kinds[0].take.script.__globals__.values()  # type: ignore[union-attr]
+        for cell in getattr(describe, "__closure__", None) or ()
         if isinstance(cell.cell_contents, dict) and len(cell.cell_contents) > 1
     }
-    assert maps <= _replay.MAPS
+    assert maps <= _record.MAPS
 
 
 def test_a_chain_is_two_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

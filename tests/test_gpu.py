@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import fastlayers
 import fastlayers.functional as FL
 from fastlayers import nn
-from fastlayers.kernels import _launch, _replay, _tiles
+from fastlayers.kernels import _launch, _record, _tiles
 from fastlayers.kernels._tiles import Product
 from fastlayers.kernels.matmul import matmul
 from fastlayers.testing import SPECS
@@ -91,8 +91,8 @@ def test_replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the third call on, through Triton's launcher with addresses alone: the right numbers, on whatever stream, with
     parameters that are trained, replaced and moved."""
     plays = []
-    play = _replay._Take.play
-    monkeypatch.setattr(_replay._Take, "play", lambda *a: (plays.append(play(*a)), plays[-1])[1])
+    play = _record.Take.play
+    monkeypatch.setattr(_record.Take, "play", lambda *a: (plays.append(play(*a)), plays[-1])[1])
     monkeypatch.setattr(_launch, "allocate_quickly", QUICKLY)
     net = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)

@@ -25,7 +25,7 @@ import fastlayers
 import fastlayers.functional as FL
 from bench import host
 from fastlayers import _capture, _dtypes, nn
-from fastlayers.kernels import _launch, _replay
+from fastlayers.kernels import _launch, _record, _replay
 from fastlayers.kernels import pointwise as kernels
 from fastlayers.kernels._tiles import Tile, force
 
@@ -37,9 +37,8 @@ SPACES = (nn, torch.nn)
 def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows by one at every replay."""
     counted: list[None] = []
-    take = _replay._InterpretedTake if _launch.INTERPRETED else _replay._Take
-    play = take.play
-    monkeypatch.setattr(take, "play", lambda *a: (counted.append(None), play(*a))[1])
+    play = _record.Take.play
+    monkeypatch.setattr(_record.Take, "play", lambda *a: (counted.append(None), play(*a))[1])
     return counted
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import functional as F
 from ..ops.pointwise import Pointwise
+from ._parameters import own
 
 
 class Conv2d(nn.Conv2d):
@@ -18,6 +19,9 @@ class Conv2d(nn.Conv2d):
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, own(self, "weight"), own(self, "bias"))
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.conv2d(*self._arguments(input, weight, bias))
@@ -46,13 +50,13 @@ class Conv2d(nn.Conv2d):
         if norm is not None:
             assert norm.running_mean is not None and norm.running_var is not None  # the plan has seen to it
             statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-        arguments = layer._arguments(input, layer.weight, layer.bias)
+        arguments = layer._arguments(input, own(layer, "weight"), own(layer, "bias"))
         return F.conv2d_then(*arguments, then=then, norm=statistics, channels_last=channels_last)
 
     @staticmethod
     def carry(input: torch.Tensor, layers: Sequence[Conv2d]) -> list[dict[str, Any]]:
         """channels_last between the layers, and torch's memory format at the end: an image in NCHW is converted once."""
-        formats = F.conv2d_formats(input, [layer.weight for layer in layers])
+        formats = F.conv2d_formats(input, [own(layer, "weight") for layer in layers])
         return [{"channels_last": format} for format in formats]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from .. import functional as F
 from ..ops.pointwise import Pointwise
+from ._parameters import own
 
 
 class Linear(nn.Linear):
@@ -19,14 +19,14 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight, self.bias)
+        return F.linear(input, own(self, "weight"), own(self, "bias"))
 
     chains = True
 
     @staticmethod
     def forward_fused(input: torch.Tensor, stages: Sequence[tuple[Linear, Pointwise | None]]) -> torch.Tensor:
         """Several layers and the activations between them, as one function for autograd."""
-        return F.linear_chain(input, [(_own(layer, "weight"), _own(layer, "bias"), then) for layer, then in stages])
+        return F.linear_chain(input, [(own(layer, "weight"), own(layer, "bias"), then) for layer, then in stages])
 
 
 class LazyLinear(nn.LazyLinear, Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -36,9 +36,3 @@ class LazyLinear(nn.LazyLinear, Linear):  # pyright: ignore[reportIncompatibleVa
     """
 
     cls_to_become = Linear  # type: ignore[assignment]
-
-
-def _own(layer: Linear, name: str) -> Any:
-    """layer.weight or layer.bias, sooner than by nn.Module.__getattr__: 1 us for each."""
-    own = layer._parameters
-    return own[name] if name in own else getattr(layer, name)

@@ -70,6 +70,7 @@ class _Plan(NamedTuple):
     """Which outputs but the last are among them."""
     edges: tuple[int, ...]
     """Of x and the parameters; see `_dispatch.edges`."""
+    x_shape: torch.Size
 
 
 def _keeps(thens: Thens, needs: Sequence[bool], flows: Sequence[bool], i: int) -> bool:
@@ -83,13 +84,13 @@ def _plan(thens: Thens, needs: Sequence[bool], tensors: Tensors) -> _Plan:
     flows = _flows(needs)
     kept = [_keeps(thens, needs, flows, i) for i in range(count)]
     first = 2 + 2 * count
-    x = 1 if needs[1] else 0
     weights = [2 + 2 * i if flows[i] else 0 for i in range(count)]
     outputs = [first + i if kept[i] else 0 for i in range(count)]
-    places = (x, *weights, *outputs)
+    places = (1 if needs[1] else 0, *weights, *outputs)
     hidden = tuple([i for i in range(count - 1) if kept[i]])
     choose = operator.itemgetter(*places) if any(places) else None
-    return _Plan(thens, choose, hidden, _dispatch.edges(needs, tensors))
+    x = cast(torch.Tensor, tensors[0])
+    return _Plan(thens, choose, hidden, _dispatch.edges(needs, tensors), x.shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -115,9 +116,9 @@ class _Linear(torch.autograd.Function):
             plan = _plan(thens, ctx.needs_input_grad[2:], tensors)
             if found is not None:  # for whose kind of tensors it is always the same
                 found[0].memo = plan
-        _, choose, hidden, _ = plan
+        choose, hidden = plan.choose, plan.hidden
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.x_shape = plan, x.shape
+        ctx.plan = plan
         if choose is not None:
             ctx.save_for_backward(*choose((None, *tensors, *outputs)))
         if not hidden:
@@ -128,18 +129,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor | None, *dhidden: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if dy is None and all(d is None for d in dhidden):
             return (None,) * len(ctx.needs_input_grad)
-        thens, choose, hidden, edges = ctx.plan
+        thens, choose, hidden, edges, x_shape = ctx.plan
         needs = _dispatch.asked_for(ctx, edges)
         saved = ctx.saved_tensors if choose is not None else (None,) * (1 + 2 * len(thens))
         # A hidden output has a gradient of its own only in a second derivative.
         if dy is None or dhidden.count(None) != len(dhidden):
             grads = None
         else:
-            options = thens, ctx.x_shape, needs, _precision(dy.dtype)
+            options = thens, x_shape, needs, _precision(dy.dtype)
             grads = _dispatch.backward(_backward, (dy, *saved), options, dy)
         if grads is None:
             extra = dict(zip(hidden, dhidden, strict=True))
-            grads = _backward_torch(dy, extra, saved, thens, ctx.x_shape, needs)
+            grads = _backward_torch(dy, extra, saved, thens, x_shape, needs)
         return (None, None, *grads)
 
 
