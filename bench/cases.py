@@ -138,7 +138,9 @@ def _matmul_calls(odd: int, dtype: torch.dtype, precision: str) -> Iterator[Call
     t, product = _maker(dtype), functools.partial(matmul.matmul, precision=precision)
     m, n, k = 8192 + odd, 4096 + odd, 4096 + odd
     kernel = "_matmul_kernel"
-    yield "forward", kernel, functools.partial(product, t(m, k), t(n, k).T, bias=t(n), then="relu")
+    forward = functools.partial(product, t(m, k), t(n, k).T, bias=t(n), then="relu")
+    yield "forward", kernel, forward
+    yield "forward, added", kernel, functools.partial(forward, add=t(m, n))
     yield "input grad", kernel, functools.partial(product, t(m, n), t(n, k))
     undo = functools.partial(product, t(m, n), t(n, k), undo=("relu", t(m, k)))
     yield "input grad, undo", kernel, undo
@@ -153,12 +155,12 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
     for kind, products in _tiles.descriptor_products(target).items():
         arithmetic = "16" if kind == "16" else "tf32"
         for product, dtype in ((product, dtype) for product in products for dtype in _KINDS[arithmetic]):
-            directions = ["forward", "input grad", "input grad, undo", "input grad, undo, sums", "weight grad"]
-            directions += ["weight grad, bias grad"]
+            directions = ["forward", "forward, added", "input grad", "input grad, undo", "input grad, undo, sums"]
+            directions += ["weight grad", "weight grad, bias grad"]
             if product.programs:
-                directions = ["forward", "input grad, undo", "input grad, undo, sums"]
+                directions = ["forward", "forward, added", "input grad, undo", "input grad, undo, sums"]
             elif product.transposed:
-                directions = ["forward", "input grad, undo"]
+                directions = ["forward", "forward, added", "input grad, undo"]
             elif product.splits > 1:
                 directions = ["forward", "input grad", "weight grad, bias grad"]
             tile, how = product.tile, " transposed" * product.transposed + " persistent" * (product.programs > 0)
@@ -193,7 +195,9 @@ def _conv_calls(dtype: torch.dtype, precision: str, c: int, size: int) -> Iterat
     geometry = _geometry(2, 1, precision)
     x, y = t(32, c, size, size).to(memory_format=last), t(32, c, size // 2, size // 2).to(memory_format=last)
     w = t(c, c, 3, 3).to(memory_format=last)
-    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(c), y, then="relu", **geometry)
+    forward = functools.partial(conv.conv2d, x, w, t(c), y, then="relu", **geometry)
+    yield "forward", "_conv_kernel", forward
+    yield "forward, added", "_conv_kernel", functools.partial(forward, residual=y)
     yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
     yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
 
@@ -241,6 +245,8 @@ def _box_calls(dtype: torch.dtype) -> Iterator[Call]:
     forward = functools.partial(conv.conv2d, x, w, t(256), then="relu", norm=norm)
     yield "forward", kernel, functools.partial(forward, x, **once)
     yield "forward, NCHW", kernel, functools.partial(forward, planes, **once)
+    yield "forward, added", kernel, functools.partial(forward, x, residual=x, **once)
+    yield "forward, NCHW, added", kernel, functools.partial(forward, planes, residual=planes, **once)
     yield "forward, stride 2", kernel, functools.partial(forward, half, **twice)
     yield "input grad", kernel, functools.partial(conv.conv2d_input_grad, x, w, x, **once)
     yield "input grad, stride 2", kernel, functools.partial(conv.conv2d_input_grad, half, w, x, **twice)
@@ -307,6 +313,7 @@ def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
         partials = _maker(accumulate)(count, 512, 512)
         call = functools.partial(reduce.sum_partials, partials, t(512, 512), bias=t(512), then="relu")
         yield f"sum partials {count}", "_sum_partials_kernel", call
+        yield f"sum partials {count}, added", "_sum_partials_kernel", functools.partial(call, add=t(512, 512))
         call = functools.partial(reduce.sum_partials, _maker(accumulate)(count, 512), t(512))
         yield f"sum partials {count}, one row", "_sum_partials_kernel", call
     rows = {f"rows {d}": ("rows", t(4096, d)) for d in _tiles._SOFTMAX_ROWS}

@@ -1,4 +1,4 @@
-"""Networks whose whole training steps are timed. `make(nn)`, given torch.nn or fastlayers.nn, as in the Specs."""
+"""Networks that are timed whole, in training and in eval. `make(nn)`, given torch.nn or fastlayers.nn, as in the Specs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from fastlayers.testing.specs import Make
 
 
 def mlp(nn: Any) -> torch.nn.Module:
@@ -26,25 +28,26 @@ class _Residual(torch.nn.Module):
         return self.last(self.body(x) + (x if self.shortcut is None else self.shortcut(x)))
 
 
+def bottleneck(nn: Any, c: int, width: int, stride: int) -> torch.nn.Module:
+    body = nn.Sequential(
+        nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width),
+    )  # fmt: skip
+    if stride == 1 and c == 4 * width:
+        return _Residual(nn, body, None)
+    match = nn.Sequential(nn.Conv2d(c, 4 * width, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * width))
+    return _Residual(nn, body, match)
+
+
 def resnet(nn: Any) -> torch.nn.Module:
     """ResNet-50's stem and one downsampling and one plain bottleneck of each width: He et al., arXiv:1512.03385."""
-
-    def bottleneck(c: int, width: int, stride: int) -> torch.nn.Module:
-        body = nn.Sequential(
-            nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width),
-        )  # fmt: skip
-        if stride == 1 and c == 4 * width:
-            return _Residual(nn, body, None)
-        match = nn.Sequential(nn.Conv2d(c, 4 * width, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * width))
-        return _Residual(nn, body, match)
 
     layers = [nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     layers += [nn.MaxPool2d(3, stride=2, padding=1)]
     channels = 64
     for width in (64, 128, 256, 512):
-        layers += [bottleneck(channels, width, 1 if width == 64 else 2), bottleneck(4 * width, width, 1)]
+        layers += [bottleneck(nn, channels, width, 1 if width == 64 else 2), bottleneck(nn, 4 * width, width, 1)]
         channels = 4 * width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
 
@@ -82,3 +85,37 @@ TRAINING = {
     "ViT-B block step, 8 images": (vit_block, (8, 197, 768)),
 }
 """By name: how to make it, and the shape of its input."""
+
+
+def evaluated(make: Make) -> Make:
+    """The network in eval, its batch normalisations with statistics of some training."""
+
+    def make_evaluated(nn: Any) -> torch.nn.Module:
+        network = make(nn).eval()
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+        return network
+
+    return make_evaluated
+
+
+def _conv(c: int, size: int) -> Make:
+    return lambda nn: nn.Sequential(
+        nn.Conv2d(c, c, size, padding=size // 2, bias=False), nn.BatchNorm2d(c), nn.ReLU()
+    )  # fmt: skip
+
+
+INFERENCE = {
+    name: (evaluated(make), shape)
+    for name, (make, shape) in {
+        "ResNet-50-like, batch 64": (resnet, (64, 3, 224, 224)),
+        "Conv+BN+ReLU 3x3 256 @14, batch 32": (_conv(256, 3), (32, 256, 14, 14)),
+        "Bottleneck 256 @56, batch 32": (lambda nn: bottleneck(nn, 256, 64, 1), (32, 256, 56, 56)),
+        "ResNet-50-like, batch 1": (resnet, (1, 3, 224, 224)),
+        "Conv+BN+ReLU 3x3 64 @56, batch 32": (_conv(64, 3), (32, 64, 56, 56)),
+    }.items()
+}
+"""The same in eval."""

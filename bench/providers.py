@@ -94,6 +94,10 @@ def _addmm_activation(module: Any, workload: Workload) -> Forward:
     return lambda x: product(bias, x, weight)
 
 
+def _fused(module: Any, workload: Workload) -> Forward:
+    return fastlayers.fuse(module) if workload.family == "inference" else module
+
+
 @functools.cache
 def _compiled(mode: str, key: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     # The module is an argument: one compilation serves every set of inputs and weights.
@@ -141,8 +145,8 @@ PROVIDERS = (
         "addmm_activation", "torch", bind=_addmm_activation,
         takes=lambda workload: _is_linear_relu(workload) and workload.direction == "forward",
     ),
-    Provider("ours", "ours", namespace=_fastlayers),
-    Provider("ours channels_last", "ours", namespace=_fastlayers, channels_last=True),
+    Provider("ours", "ours", namespace=_fastlayers, bind=_fused),
+    Provider("ours channels_last", "ours", namespace=_fastlayers, bind=_fused, channels_last=True),
     Provider("compile", "torch", 1, bind=_compile("default")),
     Provider("compile channels_last", "torch", 1, bind=_compile("default"), channels_last=True),
     Provider("compile max-autotune", "torch", 2, bind=_compile("max-autotune-no-cudagraphs")),
@@ -152,7 +156,7 @@ PROVIDERS = (
     ),
     Provider(
         "attorch", "other", 1, package="attorch", namespace=lambda: importlib.import_module("attorch").nn,
-        takes=lambda workload: workload.family != "training",
+        takes=lambda workload: not workload.is_network,
     ),
     # What FlagGems does in backward depends on where its override is in force: only its forward is compared.
     Provider(

@@ -264,7 +264,7 @@ def markdown(results: Results) -> str:
     return "\n".join([*lines, _table(headings, rows), ""])
 
 
-_FAMILIES = ("Linear", "Conv2d", "ReLU", "Softmax", "Sequential", "training")
+_FAMILIES = ("Linear", "Conv2d", "ReLU", "Softmax", "Sequential", "training", "inference")
 _MODES = ("bf16", "fp16", "fp32", "tf32")
 
 

@@ -99,7 +99,7 @@ def finish(rows: list[Row], arithmetic: str, flops: int, bytes: int, gpu: str | 
         if ms is None or row["void"]:
             continue
         row["tflops"] = flops / ms * 1e-9
-        if row["direction"] != "step":
+        if bytes > 1:  # of a network nobody counts them
             row["gbps"] = bytes / ms * 1e-6
         if gpu is not None:
             least = gpus.least_milliseconds(gpus.Work(flops, bytes), arithmetic, gpus.GPUS[gpu])

@@ -1,4 +1,4 @@
-"""What is timed, and in which order: the Specs' bench shapes and whole training steps, in every pass and dtype."""
+"""What is timed, and in which order: the Specs' bench shapes and whole networks, in every pass and dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastlayers.testing import SPECS
 from fastlayers.testing.specs import Make
 
 from .gpus import Work
-from .networks import TRAINING
+from .networks import INFERENCE, TRAINING
 
 Pass = Literal["forward", "backward", "both", "step"]
 
@@ -58,15 +58,21 @@ class Workload:
         """Whether channels_last means anything to it."""
         return len(self.shape) == 4
 
+    @property
+    def is_network(self) -> bool:
+        return self.family in ("training", "inference")
+
     @functools.cached_property
     def work(self) -> Work:
-        """FLOPs and the fewest bytes. Of a training step, FLOPs of its products alone and no bytes: 1, to divide by."""
+        """FLOPs and the fewest bytes. Of a network, FLOPs of its products alone and no bytes: 1, to divide by."""
         with torch.device("meta"):
             module = self.make(torch.nn)
             x = torch.empty(self.shape)
-        if self.direction == "step":
+        if self.is_network:
             with FlopCounterMode(display=False) as counter:
-                module(x).sum().backward()
+                y = module(x)
+                if self.direction == "step":
+                    y.sum().backward()
             return Work(counter.get_total_flops(), 1)
         spec = next(spec for spec in SPECS if spec.name == self.family)
         parts = ("forward", "backward") if self.direction == "both" else (self.direction,)
@@ -94,6 +100,9 @@ def workloads() -> list[Workload]:
     for i, (name, (make, shape)) in enumerate(TRAINING.items()):
         for mode in MODES:
             found.append(Workload("training", name, make, shape, mode, "step", i + _MODE_RANK[mode]))
+    for i, (name, (make, shape)) in enumerate(INFERENCE.items()):
+        for mode in MODES:
+            found.append(Workload("inference", name, make, shape, mode, "forward", i + _MODE_RANK[mode]))
     return sorted(found, key=lambda workload: workload.rank)
 
 

@@ -5,9 +5,9 @@ epilogue declares `forward_fused(input, [(layer, record or None), ...])` and `ch
 stage. N + M declarations, no table of pairs. Only a class that declares them itself counts, so a user's subclass is
 never fused by accident.
 
-Two declarations more, for images. `normalizes`: the class of torch's whose layer, where it only applies its running
-statistics, is taken into the epilogue too. `carry(input, layers)`: what to tell each of several layers in a row, of whose
-results in between nobody sees the memory format.
+Three declarations more, for images. `normalizes`: the class of torch's whose layer, where it only applies its running
+statistics, is taken into the epilogue too. `adds`: whether an `Add` is. `carry(input, layers)`: what to tell each of several
+layers in a row, of whose results in between nobody sees the memory format.
 """
 
 from __future__ import annotations
@@ -21,31 +21,61 @@ import torch
 from torch.nn.modules import module as _torch
 
 from ._dispatch import fused
+from .ops.pointwise import RELU, relu
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
+class _Function:
+    """Stands among modules for a function, which nobody can hook."""
+
+    _forward_hooks = _forward_pre_hooks = _backward_hooks = _backward_pre_hooks = _compiled_call_impl = None
+
+
+class Add(_Function):
+    """x + residual."""
+
+    def __init__(self, residual: Any):
+        self.residual = residual
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.residual
+
+
+class _Rectify(_Function):
+    """max(x, 0)."""
+
+    pointwise = RELU
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return relu(x)
+
+
+RECTIFY = _Rectify()
+
+
 @dataclass
 class _Part:
-    """Layers that run as one kernel, or as one function for autograd. Here `stages`, `members` and `norm` are their places
-    in the Sequential."""
+    """Layers that run as one kernel, or as one function for autograd. Here `stages`, `members`, `norm` and `add` are their
+    places in the Sequential."""
 
     stages: list[tuple[int, Any]] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
     norm: int | None = None
+    add: int | None = None
 
 
 Group = tuple[Any, list[_Part]]
 """The class of some layers in a row, and how they are joined."""
 
 
-def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
+def plan(modules: Iterable[Any]) -> list[Step]:
     """The steps that compute the modules in order. What follows from their classes is remembered; whether somebody watches
     one is asked at every call: hooks come and go."""
     modules = tuple(modules)
     compiling = torch.compiler.is_compiling()  # Dynamo traces no cache
-    read, group = (_declarations, _groups.__wrapped__) if compiling else (_remembered, _groups)
-    everyone_is_watched = _torch._has_any_global_hook()
+    read, group = (declarations, _groups.__wrapped__) if compiling else (_remembered, _groups)
+    everyoneis_watched = _torch._has_any_global_hook()
     normalizes: type | None = None
     kinds: list[type] = []
     joins: list[bool] = []
@@ -54,8 +84,9 @@ def plan(modules: Iterable[torch.nn.Module]) -> list[Step]:
         declared = read(kind)
         normalizes = declared.get("normalizes", normalizes)
         fuses = len(declared) > 0 or (kind is normalizes and _only_applies_statistics(module))
+        fuses = fuses or (kind is Add and not torch.is_grad_enabled())
         kinds.append(kind)
-        joins.append(fuses and not everyone_is_watched and not _is_watched(module))
+        joins.append(fuses and not everyoneis_watched and not is_watched(module))
     return [
         modules[found] if isinstance(found, int) else functools.partial(_run, modules, *found)
         for found in group(tuple(kinds), tuple(joins))
@@ -78,15 +109,19 @@ def _groups(kinds: tuple[type, ...], joins: tuple[bool, ...]) -> list[int | Grou
         producer, parts = None, []
 
     for i, (kind, joined) in enumerate(zip(kinds, joins, strict=True)):
-        declared = _declarations(kind) if joined else {}
+        declared = declarations(kind) if joined else {}
         record = declared.get("pointwise")
         norm = joined and kind is getattr(producer, "normalizes", None)
+        add = joined and kind is Add and getattr(producer, "adds", False)
         open_ended = producer is not None and parts[-1].stages[-1][1] is None
         if open_ended and record is not None and record.saves == "output":
             parts[-1].stages[-1] = (parts[-1].stages[-1][0], record)
             parts[-1].members.append(i)
-        elif open_ended and norm and parts[-1].norm is None:
+        elif open_ended and norm and parts[-1].norm is parts[-1].add is None:
             parts[-1].norm = i
+            parts[-1].members.append(i)
+        elif open_ended and add and parts[-1].add is None:
+            parts[-1].add = i
             parts[-1].members.append(i)
         elif "forward_fused" in declared:
             if producer is not kind or not (declared["chains"] or "carry" in declared):
@@ -103,9 +138,9 @@ def _groups(kinds: tuple[type, ...], joins: tuple[bool, ...]) -> list[int | Grou
     return groups
 
 
-def _declarations(kind: type) -> dict[str, Any]:
+def declarations(kind: type) -> dict[str, Any]:
     """What a class declares itself, not one that it inherits from. (In vars(kind) Dynamo doesn't trust itself to look.)"""
-    names = ("pointwise", "forward_fused", "chains", "carry", "normalizes")
+    names = ("pointwise", "forward_fused", "chains", "carry", "normalizes", "adds")
     found = {name: getattr(kind, name, None) for name in names}
     return {
         name: value
@@ -114,7 +149,7 @@ def _declarations(kind: type) -> dict[str, Any]:
     }
 
 
-_remembered = functools.cache(_declarations)
+_remembered = functools.cache(declarations)
 
 
 def _run(modules: Sequence[Any], producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor:
@@ -125,6 +160,8 @@ def _run(modules: Sequence[Any], producer: Any, parts: list[_Part], input: torch
         stages = [(modules[i], record) for i, record in part.stages]
         if part.norm is not None:
             hint = hint | {"norm": modules[part.norm]}
+        if part.add is not None:
+            hint = hint | {"residual": modules[part.add].residual}
         listening = fused(*[modules[i] for i in part.members])
         if listening is None:
             input = producer.forward_fused(input, stages, **hint)
@@ -144,7 +181,7 @@ def _only_applies_statistics(module: Any) -> bool:
     )
 
 
-def _is_watched(module: torch.nn.Module) -> bool:
+def is_watched(module: torch.nn.Module) -> bool:
     """Whether somebody could tell that this module's __call__ wasn't called. Global hooks apart."""
     return bool(
         module._forward_hooks

@@ -40,7 +40,7 @@ def _valid_taps(inside, h, w, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl
 
 @triton.jit
 def _conv_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, residual_ptr,
     PIXELS, C, H, W, O, OH, OW,
     x_n, x_c, x_h, x_w, w_o, w_c, w_r, w_s, y_n, y_c, y_h, y_w, pad_h, pad_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
@@ -109,16 +109,13 @@ def _conv_kernel(
             b = tl.load(w_ptr + (w_tap[:, None] + w_row[None, :]), mask=w_inside, other=0.0)
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
 
+    offsets = (n * y_n + oh * y_h + ow * y_w)[:, None] + ((first_o + o) * y_c)[None, :]
+    inside = m_inside[:, None] & o_inside[None, :]
     accumulator = epilogues.finish(
-        accumulator, first_o + o, o_inside, 1, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, EPS, THEN
+        accumulator, first_o + o, o_inside, 1, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+        residual_ptr, offsets, inside, EPS, THEN,
     )  # fmt: skip
-    y_pixel = n * y_n + oh * y_h + ow * y_w
-    y_channel = (first_o + o) * y_c
-    tl.store(
-        y_ptr + (y_pixel[:, None] + y_channel[None, :]),
-        accumulator.to(y_ptr.dtype.element_ty),
-        mask=m_inside[:, None] & o_inside[None, :],
-    )
+    tl.store(y_ptr + offsets, accumulator.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -298,6 +295,13 @@ def _as_matrix(x: torch.Tensor) -> torch.Tensor | None:
     return x.as_strided((n * h * w, c), (step, s_c))
 
 
+def _in_place_of(y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The residual, or a copy of it, with y's strides: the kernels find it where they write y."""
+    if any(n > 1 and a != b for n, a, b in zip(y.shape, y.stride(), residual.stride(), strict=True)):
+        residual = _launch.empty(y.shape, dtype=y.dtype, device=y.device, strides=y.stride()).copy_(residual)
+    return residual
+
+
 def _rows_follow(x: torch.Tensor) -> bool:
     """Whether the rows of each image follow one another at one stride."""
     return x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
@@ -335,28 +339,31 @@ def conv2d(
     precision: str,
     then: str | None = None,
     norm: epilogues.Norm | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = then(norm(conv(x, w) + bias)), written into `y`.
+    """y = then(norm(conv(x, w) + bias) + residual), written into `y`.
 
-    Shape: x (N, C, H, W), w (O, C/groups, R, S), bias (O,), y (N, O, OH, OW), all with any strides. y's size says how
-    far the convolution goes below and to the right: `padding` is what lies above and to the left only.
+    Shape: x (N, C, H, W), w (O, C/groups, R, S), bias (O,), y and residual (N, O, OH, OW), all with any strides. y's size
+    says how far the convolution goes below and to the right: `padding` is what lies above and to the left only.
     Dtype: float16, bfloat16, float32 or float64, the same for all; precision ("ieee" or "tf32") concerns float32.
     """
     n, _, height, width = x.shape
     o, c, r, s = w.shape
     oh, ow = y.shape[2:]
     bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else _in_place_of(y, residual)
     if conv_depthwise.takes(w, groups):
         return conv_depthwise.conv2d(
-            x, w, bias, y, stride=stride, padding=padding, dilation=dilation, then=then, norm=norm
+            x, w, bias, y, stride=stride, padding=padding, dilation=dilation, then=then, norm=norm, residual=residual
         )
     if norm is None and _is_pointwise(w, stride, padding, groups):
         a, out = _as_matrix(x), _as_matrix(y)
         if a is not None and out is not None:
-            matmul(a, w[:, :, 0, 0].T, bias=bias, then=then, out=out, precision=precision)
+            add = None if residual is None else residual.as_strided(out.shape, out.stride())
+            matmul(a, w[:, :, 0, 0].T, bias=bias, add=add, then=then, out=out, precision=precision)
             return y
     geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision)
-    if conv_box.conv2d(x, w, bias, y, then=then, norm=norm, **geometry):
+    if conv_box.conv2d(x, w, bias, y, then=then, norm=norm, residual=residual, **geometry):
         return y
     pixels, o = n * oh * ow, o // groups
     accumulate = torch.promote_types(x.dtype, torch.float32)
@@ -367,7 +374,7 @@ def conv2d(
     tile = _tiles.conv(pixels, o, x.dtype, precision, _tiles.device(x.device), vectors=vectors)
     _launch.launch(
         _conv_kernel, _tiles.cdiv(pixels, tile.m) * _tiles.cdiv(o, tile.n) * groups,
-        x, w, bias, y, *epilogues.tensors(norm), pixels, c, height, width, o, oh, ow,
+        x, w, bias, y, *epilogues.tensors(norm), residual, pixels, c, height, width, o, oh, ow,
         *x.stride(), *w.stride(), *y.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         EPS=0.0 if norm is None else norm.eps, THEN=epilogues.forward(then),

@@ -52,7 +52,7 @@ def _multiple(size, UNIT: tl.constexpr):
 
 @triton.jit
 def _conv_box_kernel(
-    y_ptr, x, w, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+    y_ptr, x, w, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, residual_ptr,
     N, H, W, O, C, y_n, y_c, y_h, y_w, x_w, w_tap, pad_h, pad_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, INPUT_GRAD: tl.constexpr, EPS: tl.constexpr,
@@ -138,12 +138,13 @@ def _conv_box_kernel(
     v = first_w + pixel % TILE_W
     m = first_m + tl.arange(0, TILE_M)
     inside = (m < O)[:, None] & ((n < N) & (h < H) & (v < W))[None, :]
-    accumulator = epilogues.finish(
-        accumulator, first_o + m, m < O, 0, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, EPS, THEN
-    )  # fmt: skip
     if WIDE:
         n, h, v, m = n.to(tl.int64), h.to(tl.int64), v.to(tl.int64), m.to(tl.int64)
     offsets = ((first_o + m) * y_c)[:, None] + (n * y_n + h * y_h + v * y_w)[None, :]
+    accumulator = epilogues.finish(
+        accumulator, first_o + m, m < O, 0, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+        residual_ptr, offsets, inside, EPS, THEN,
+    )  # fmt: skip
     tl.store(y_ptr + offsets, accumulator.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -415,8 +416,10 @@ def conv2d(
     precision: str,
     then: str | None,
     norm: epilogues.Norm | None,
+    residual: torch.Tensor | None,
 ) -> bool:
-    """As `conv.conv2d`; False, and nothing done, where a box is no way to compute it. No descriptor holds no images."""
+    """As `conv.conv2d`, with a residual that has y's strides; False, and nothing done, where a box is no way to compute it.
+    No descriptor holds no images."""
     if len(x) == 0 or not takes(y, w.shape, precision):
         return False
     if _is_stem(x, w, dilation, groups):
@@ -428,7 +431,7 @@ def conv2d(
     x, stride, padding, dilation = _without_strides(x, w, stride, padding, dilation)
     return _launch_box(
         x, w, y, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision,
-        then=then, norm=norm, input_grad=False,
+        then=then, norm=norm, residual=residual, input_grad=False,
     )  # fmt: skip
 
 
@@ -448,7 +451,7 @@ def conv2d_input_grad(
         return False
     return _launch_box(
         dz, w, dx, None, stride=stride, padding=padding, dilation=dilation, groups=groups, precision=precision,
-        then=None, norm=None, input_grad=True,
+        then=None, norm=None, residual=None, input_grad=True,
     )  # fmt: skip
 
 
@@ -465,6 +468,7 @@ def _launch_box(
     precision: str,
     then: str | None,
     norm: epilogues.Norm | None,
+    residual: torch.Tensor | None,
     input_grad: bool,
 ) -> bool:
     n, _, h, v = y.shape
@@ -489,7 +493,7 @@ def _launch_box(
     accumulate = torch.promote_types(x.dtype, torch.float32)
     _launch.launch(
         _conv_box_kernel, _tiles.cdiv(o, tile.m) * classes[0] * classes[1] * boxes * groups,
-        y, x_desc, w_desc, bias, *epilogues.tensors(norm),
+        y, x_desc, w_desc, bias, *epilogues.tensors(norm), residual,
         n, h, v, o, c, *y.stride(), x.stride(3), w_tap, *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),

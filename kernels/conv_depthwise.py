@@ -21,7 +21,7 @@ Pair = tuple[int, int]
 
 @triton.jit
 def _depthwise_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, residual_ptr,
     PIXELS, C, H, W, OH, OW, x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w, pad_h, pad_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, INPUT_GRAD: tl.constexpr, EPS: tl.constexpr, THEN: tl.constexpr, ACC: tl.constexpr,
@@ -66,11 +66,13 @@ def _depthwise_kernel(
             w = tl.load(w_ptr + ((r * S + s) * C + c), mask=c_inside, other=0.0).to(ACC)
             accumulator += x * w[None, :]
 
-    accumulator = epilogues.finish(
-        accumulator, c, c_inside, 1, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, EPS, THEN
-    )  # fmt: skip
     offsets = (n * y_n + oh * y_h + ow * y_w)[:, None] + (c * y_c)[None, :]
-    tl.store(y_ptr + offsets, accumulator.to(y_ptr.dtype.element_ty), mask=m_inside[:, None] & c_inside[None, :])
+    inside = m_inside[:, None] & c_inside[None, :]
+    accumulator = epilogues.finish(
+        accumulator, c, c_inside, 1, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+        residual_ptr, offsets, inside, EPS, THEN,
+    )  # fmt: skip
+    tl.store(y_ptr + offsets, accumulator.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -134,9 +136,11 @@ def conv2d(
     dilation: Pair,
     then: str | None = None,
     norm: epilogues.Norm | None = None,
+    residual: torch.Tensor | None = None,
     input_grad: bool = False,
 ) -> torch.Tensor:
-    """As `conv.conv2d`, for as many groups as channels; with `input_grad`, x is dz and y is dx."""
+    """As `conv.conv2d`, for as many groups as channels and with a residual that has y's strides; with `input_grad`, x is dz
+    and y is dx."""
     _, c, height, width = x.shape
     n, _, oh, ow = y.shape
     r, s = w.shape[2:]
@@ -144,7 +148,7 @@ def conv2d(
     tile = _tiles.depthwise(c, x.dtype, channels_last=x.stride(1) == 1 == y.stride(1))
     _launch.launch(
         _depthwise_kernel, _tiles.cdiv(n * oh * ow, tile.m) * _tiles.cdiv(c, tile.n),
-        x, by_channel, bias, y, *epilogues.tensors(norm),
+        x, by_channel, bias, y, *epilogues.tensors(norm), residual,
         n * oh * ow, c, height, width, oh, ow, *x.stride(), *y.stride(), *padding,
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         INPUT_GRAD=input_grad, EPS=0.0 if norm is None else norm.eps, THEN=epilogues.forward(then),

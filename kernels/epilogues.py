@@ -41,9 +41,10 @@ class Norm(NamedTuple):
 @triton.jit
 def finish(
     x, channel, inside, CHANNEL_DIM: tl.constexpr, bias_ptr, mean_ptr, var_ptr, weight_ptr, shift_ptr,
-    EPS: tl.constexpr, THEN: tl.constexpr,
+    residual_ptr, offsets, hit, EPS: tl.constexpr, THEN: tl.constexpr,
 ):  # fmt: skip
-    """then(norm(x + bias)) for a tile of which dimension CHANNEL_DIM runs over channels; what is None is left out.
+    """then(norm(x + bias) + residual) for a tile of which dimension CHANNEL_DIM runs over channels; what is None is left
+    out. The residual lies at the tile's own offsets.
 
     The sum is normalised before it is ever rounded, with the weight as it is: closer than a folded one would be.
     """
@@ -59,6 +60,8 @@ def finish(
         if shift_ptr is not None:
             shift = tl.load(shift_ptr + channel, mask=inside, other=0.0).to(x.dtype)
             x += tl.expand_dims(shift, 1 - CHANNEL_DIM)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + offsets, mask=hit, other=0.0).to(x.dtype)
     if THEN is not None:
         x = THEN(x)
     return x

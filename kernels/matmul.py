@@ -1,4 +1,4 @@
-"""Matrix product with everything that belongs to its epilogue: c = then(a @ b + bias), or c = undo(a @ b, saved).
+"""Matrix product with everything that belongs to its epilogue: c = then(a @ b + bias + add), or c = undo(a @ b, saved).
 
 Operands are read in whichever order they lie in memory, so that x @ W.T, dz @ W and dz.T @ x are one kernel and nothing
 is transposed in memory. Sums run in float32 (float64 for float64), in a fixed order.
@@ -64,18 +64,19 @@ def _store_rows(rows, rows_ptr, split, first_m, M, TILE_M: tl.constexpr):
 
 @triton.jit
 def _finish(
-    accumulator, c_ptr, bias_ptr, saved_ptr, sums_ptr, first_m, first_n, M, N, c_m, c_n, saved_m, saved_n,
+    accumulator, c_ptr, bias_ptr, other_ptr, sums_ptr, first_m, first_n, M, N, c_m, c_n, other_m, other_n,
     THEN: tl.constexpr, UNDO: tl.constexpr, ACC: tl.constexpr, TRANSPOSED: tl.constexpr, HALVES: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of one tile. With HALVES, one half of its columns after the other: a tile that fills the registers
-    leaves no room for the addresses and the saved values of all of it."""
+    """The epilogue of one tile. `other` is what UNDO's activation saved or, without UNDO, what is added. With HALVES, one
+    half of its columns after the other: a tile that fills the registers leaves no room for the addresses and the other
+    values of all of it."""
     if HALVES:
         HALF: tl.constexpr = TILE_N // 2
         left, right = tl.split(tl.permute(tl.reshape(accumulator, (TILE_M, 2, HALF)), (0, 2, 1)))
-        _finish(left, c_ptr, bias_ptr, saved_ptr, sums_ptr, first_m, first_n, M, N, c_m, c_n, saved_m, saved_n,
+        _finish(left, c_ptr, bias_ptr, other_ptr, sums_ptr, first_m, first_n, M, N, c_m, c_n, other_m, other_n,
                 THEN, UNDO, ACC, TRANSPOSED, False, TILE_M, HALF)  # fmt: skip
-        _finish(right, c_ptr, bias_ptr, saved_ptr, sums_ptr, first_m, first_n + HALF, M, N, c_m, c_n, saved_m, saved_n,
+        _finish(right, c_ptr, bias_ptr, other_ptr, sums_ptr, first_m, first_n + HALF, M, N, c_m, c_n, other_m, other_n,
                 THEN, UNDO, ACC, TRANSPOSED, False, TILE_M, HALF)  # fmt: skip
     else:
         m = first_m + tl.arange(0, TILE_M)
@@ -88,11 +89,11 @@ def _finish(
                 accumulator += tl.load(bias_ptr + m, mask=m_inside, other=0.0).to(ACC)[:, None]
             else:
                 accumulator += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(ACC)[None, :]
+        if other_ptr is not None:
+            other = tl.load(other_ptr + (m[:, None] * other_m + n[None, :] * other_n), mask=inside, other=0.0).to(ACC)
+            accumulator = accumulator + other if UNDO is None else UNDO(accumulator, other)
         if THEN is not None:
             accumulator = THEN(accumulator)
-        if UNDO is not None:
-            saved = tl.load(saved_ptr + (m[:, None] * saved_m + n[None, :] * saved_n), mask=inside, other=0.0)
-            accumulator = UNDO(accumulator, saved.to(ACC))
         if sums_ptr is not None:
             sums = tl.sum(tl.where(inside, accumulator, 0.0), axis=0)
             tl.store(sums_ptr + (tl.cast(first_m // TILE_M, tl.int64) * N + n), sums, mask=n_inside)
@@ -133,8 +134,8 @@ def _sum_products(
 
 @triton.jit
 def _matmul_kernel(
-    c_ptr, a_ptr, b_ptr, bias_ptr, saved_ptr, sums_ptr, rows_ptr,
-    M, N, K, a_m, a_k, b_k, b_n, c_m, c_n, saved_m, saved_n, k_per_split,
+    c_ptr, a_ptr, b_ptr, bias_ptr, other_ptr, sums_ptr, rows_ptr,
+    M, N, K, a_m, a_k, b_k, b_n, c_m, c_n, other_m, other_n, k_per_split,
     THEN: tl.constexpr, UNDO: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     K_FITS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
@@ -162,8 +163,8 @@ def _matmul_kernel(
                                        False, ACC, PRECISION, WIDE, K_FITS, TILE_M, TILE_N, TILE_K)  # fmt: skip
     if SHARED:
         c_ptr += split.to(tl.int64) * M * N
-    _finish(accumulator, c_ptr, bias_ptr, saved_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
-            c_m, c_n, saved_m, saved_n, THEN, UNDO, ACC, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
+    _finish(accumulator, c_ptr, bias_ptr, other_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
+            c_m, c_n, other_m, other_n, THEN, UNDO, ACC, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
 
 
 @triton.jit
@@ -195,8 +196,8 @@ def _sum_tma_products(
 
 @triton.jit
 def _matmul_tma_kernel(
-    c_ptr, a, b, bias_ptr, saved_ptr, sums_ptr, rows_ptr,
-    M, N, K, c_m, c_n, saved_m, saved_n, k_per_split,
+    c_ptr, a, b, bias_ptr, other_ptr, sums_ptr, rows_ptr,
+    M, N, K, c_m, c_n, other_m, other_n, k_per_split,
     THEN: tl.constexpr, UNDO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, PERSISTENT: tl.constexpr, SHARED: tl.constexpr,
     TRANSPOSED: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
@@ -217,8 +218,8 @@ def _matmul_tma_kernel(
                                                B_TRANSPOSED, PRECISION, TILE_M, TILE_N, TILE_K)  # fmt: skip
             if WIDE:
                 pid_m, pid_n = pid_m.to(tl.int64), pid_n.to(tl.int64)
-            _finish(accumulator, c_ptr, bias_ptr, saved_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
-                    c_m, c_n, saved_m, saved_n, THEN, UNDO, tl.float32, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
+            _finish(accumulator, c_ptr, bias_ptr, other_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
+                    c_m, c_n, other_m, other_n, THEN, UNDO, tl.float32, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
     else:
         split, begin, end = _share(tiles_m * tiles_n, K, k_per_split, SHARED)
         pid_m, pid_n = _place(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
@@ -233,8 +234,8 @@ def _matmul_tma_kernel(
             pid_m, pid_n = pid_m.to(tl.int64), pid_n.to(tl.int64)
         if SHARED:
             c_ptr += split.to(tl.int64) * M * N
-        _finish(accumulator, c_ptr, bias_ptr, saved_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
-                c_m, c_n, saved_m, saved_n, THEN, UNDO, tl.float32, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
+        _finish(accumulator, c_ptr, bias_ptr, other_ptr, sums_ptr, pid_m * TILE_M, pid_n * TILE_N, M, N,
+                c_m, c_n, other_m, other_n, THEN, UNDO, tl.float32, TRANSPOSED, HALVES, TILE_M, TILE_N)  # fmt: skip
 
 
 def _fits_a_descriptor(matrix: torch.Tensor) -> bool:
@@ -265,20 +266,21 @@ def matmul(
     *,
     precision: str,
     bias: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
     then: str | None = None,
     undo: tuple[str, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     column_sums: torch.dtype | None = None,
     operand_sums: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """c = then(a @ b + bias), or the gradient of an activation applied to a @ b.
+    """c = then(a @ b + bias + add), or the gradient of an activation applied to a @ b.
 
-    Shape: a (M, K) and b (K, N), any strides; bias (N,); c (M, N).
+    Shape: a (M, K), b (K, N) and add (M, N), any strides; bias (N,); c (M, N).
     Dtype: float16, bfloat16, float32 or float64, the same for all; precision ("ieee" or "tf32") concerns float32.
 
     Args:
         then: name of the activation that follows, or None.
-        undo: (name of an activation, what it saved): c = name_grad(a @ b, saved). Not together with bias or then.
+        undo: (name of an activation, what it saved): c = name_grad(a @ b, saved). Not together with bias, add or then.
         out: where to write c, any strides; a new contiguous tensor by default.
         column_sums: also return c.sum(0) in this dtype, added up before c is rounded.
         operand_sums: also return a.sum(1) in this dtype: of a weight gradient dz.T @ x, the bias gradient. Not together
@@ -292,13 +294,13 @@ def matmul(
     accumulate = torch.promote_types(a.dtype, torch.float32)
     if out is None:
         out = _launch.empty((m, n), dtype=a.dtype, device=a.device)
-    name, saved = undo if undo is not None else (None, None)
-    wide = _launch.wide(a, b, out, saved)
+    name, other = undo if undo is not None else (None, add)
+    wide = _launch.wide(a, b, out, other)
     plan = _tiles.matmul(
         m, n, k, a.dtype, precision, _tiles.device(a.device),
         vectors=not wide and _launch.vectors(a) and _launch.vectors(b),
         descriptors=_fits_a_descriptor(a) and _fits_a_descriptor(b),
-        plain=not (undo or column_sums or operand_sums) and out.stride(1) == 1 and _fits_a_descriptor(out),
+        plain=other is None and not (column_sums or operand_sums) and out.stride(1) == 1 and _fits_a_descriptor(out),
         column_sums=column_sums is not None, operand_sums=operand_sums is not None,
     )  # fmt: skip
     if plan.specialized:
@@ -316,14 +318,14 @@ def matmul(
         shape, dtype = ((m,), operand_sums) if splits == 1 else ((splits, m), accumulate)
         rows = _launch.empty(shape, dtype=dtype, device=a.device)
 
-    c_strides, saved_strides = c.stride()[-2:], (0, 0) if saved is None else saved.stride()
+    c_strides, other_strides = c.stride()[-2:], (0, 0) if other is None else other.stride()
     if plan.transposed:  # c^T = b^T @ a^T
         a, b, m, n = b.T, a.T, n, m
-        c_strides, saved_strides = c_strides[::-1], saved_strides[::-1]
+        c_strides, other_strides = c_strides[::-1], other_strides[::-1]
     tiles = _tiles.cdiv(m, tile.m) * _tiles.cdiv(n, tile.n)
     alone = splits == 1  # the shares of a sum leave the epilogue to sum_partials
-    pointers = (bias if alone else None, saved if alone else None, sums, rows)
-    sizes = (*c_strides, *saved_strides, _tiles.cdiv(_tiles.cdiv(k, tile.k), splits) * tile.k)
+    pointers = (bias if alone else None, other if alone else None, sums, rows)
+    sizes = (*c_strides, *other_strides, _tiles.cdiv(_tiles.cdiv(k, tile.k), splits) * tile.k)
     meta = dict(
         THEN=epilogues.forward(then if alone else None), UNDO=epilogues.backward(name if alone else None),
         PRECISION=plan.precision, WIDE=wide, SHARED=splits > 1, TRANSPOSED=plan.transposed,
@@ -345,7 +347,7 @@ def matmul(
         )  # fmt: skip
 
     if splits > 1:
-        sum_partials(c, out, bias=bias, then=then, undo=undo)
+        sum_partials(c, out, bias=bias, add=add, then=then, undo=undo)
     if rows is not None and operand_sums is not None and splits > 1:
         rows = sum_partials(rows, _launch.empty(rows.shape[1:], dtype=operand_sums, device=a.device))
     if sums is not None and column_sums is not None:

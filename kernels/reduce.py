@@ -9,8 +9,8 @@ from . import _launch, _tiles, epilogues
 
 @triton.jit
 def _sum_partials_kernel(
-    partials_ptr, out_ptr, bias_ptr, saved_ptr,
-    S, M, N, out_m, out_n, saved_m, saved_n,
+    partials_ptr, out_ptr, bias_ptr, other_ptr,
+    S, M, N, out_m, out_n, other_m, other_n,
     THEN: tl.constexpr, UNDO: tl.constexpr, WIDE: tl.constexpr, TILE_S: tl.constexpr, TILE_L: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_L elements of out. Reads them from each of the S partials, in order, and writes them once."""
@@ -30,10 +30,11 @@ def _sum_partials_kernel(
     n = element % N
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(total.dtype)
+    if other_ptr is not None:
+        other = tl.load(other_ptr + (m * other_m + n * other_n), mask=inside, other=0.0).to(total.dtype)
+        total = total + other if UNDO is None else UNDO(total, other)
     if THEN is not None:
         total = THEN(total)
-    if UNDO is not None:
-        total = UNDO(total, tl.load(saved_ptr + (m * saved_m + n * saved_n), mask=inside, other=0.0).to(total.dtype))
     tl.store(out_ptr + (m * out_m + n * out_n), total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -42,13 +43,14 @@ def sum_partials(
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
     then: str | None = None,
     undo: tuple[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """out = then(partials.sum(0) + bias), or the gradient of an activation applied to it; written into `out`.
+    """out = then(partials.sum(0) + bias + add), or the gradient of an activation applied to the sum; written into `out`.
 
-    Shape: partials (S, M, N) or (S, N), contiguous; out (M, N) or (N,), any strides; bias (N,).
-    Dtype: partials float32 or float64, out and bias any floating dtype.
+    Shape: partials (S, M, N) or (S, N), contiguous; out (M, N) or (N,) and add (M, N), any strides; bias (N,).
+    Dtype: partials float32 or float64, the others any floating dtype.
 
     Args:
         undo: (name of an activation, what it saved, of out's shape (M, N)), as in `matmul`.
@@ -56,12 +58,12 @@ def sum_partials(
     s, n = partials.shape[0], partials.shape[-1]
     m = partials.shape[1] if partials.dim() == 3 else 1
     out_m, out_n = out.stride() if out.dim() == 2 else (0, out.stride(0))
-    name, saved = undo if undo is not None else (None, None)
+    name, other = undo if undo is not None else (None, add)
     tile = _tiles.sum_partials(s)
     _launch.launch(
         _sum_partials_kernel, _tiles.cdiv(m * n, tile.n),
-        partials, out, bias, saved, s, m, n, out_m, out_n, *((0, 0) if saved is None else saved.stride()),
-        THEN=epilogues.forward(then), UNDO=epilogues.backward(name), WIDE=m * n >= 2**31 or _launch.wide(out, saved),
+        partials, out, bias, other, s, m, n, out_m, out_n, *((0, 0) if other is None else other.stride()),
+        THEN=epilogues.forward(then), UNDO=epilogues.backward(name), WIDE=m * n >= 2**31 or _launch.wide(out, other),
         TILE_S=tile.m, TILE_L=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import base, clock, gpus, picks, providers, report, run, subject, tune, workloads
+from bench import base, clock, gpus, networks, picks, providers, report, run, subject, tune, workloads
 from bench.providers import PROVIDERS, Provider
 from bench.workloads import MODES, Workload
 from fastlayers.kernels import _launch, _tiles
@@ -45,7 +45,8 @@ FUSED = dataclasses.replace(
 STEP = small(
     "training", lambda nn: nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), (5, 8), "step"
 )
-SMALL = (LINEAR, CONV, SOFTMAX, FUSED, STEP)
+EVAL = small("inference", networks.evaluated(lambda nn: networks.bottleneck(nn, 4, 3, 2)), (1, 4, 4, 5), "forward")
+SMALL = (LINEAR, CONV, SOFTMAX, FUSED, STEP, EVAL)
 
 
 # What is measured, and in which order
@@ -88,7 +89,7 @@ def test_workloads_are_distinct_and_complete() -> None:
     found = workloads.workloads()
     keys = [workload.key for workload in found]
     assert len(set(keys)) == len(keys)
-    assert {workload.family for workload in found} == {spec.name for spec in SPECS} | {"training"}
+    assert {workload.family for workload in found} == {spec.name for spec in SPECS} | {"training", "inference"}
     assert {workload.mode for workload in found} == set(MODES)
     assert {workload.direction for workload in found} == {"forward", "backward", "both", "step"}
     columns = {workload.shape[-1] for workload in found if workload.family == "Softmax"}
@@ -101,7 +102,7 @@ def test_workloads_are_distinct_and_complete() -> None:
 
 def test_the_first_minutes_see_every_family() -> None:
     first = run.plan(workloads.workloads())[:12]
-    assert {workload.family for workload, _ in first} == {spec.name for spec in SPECS} | {"training"}
+    assert {workload.family for workload, _ in first} == {spec.name for spec in SPECS} | {"training", "inference"}
     assert all(workload.mode == "bf16" and tier == 0 for workload, tier in first)
 
 
@@ -199,7 +200,7 @@ def test_providers_agree(workload: Workload, device: torch.device, monkeypatch: 
     reference = subject.Reference(workload, device, 0)
     seen = []
     for provider in PROVIDERS:
-        for direction in ("step",) if workload.direction == "step" else ("forward", "both"):
+        for direction in (workload.direction,) if workload.is_network else ("forward", "both"):
             this = dataclasses.replace(workload, direction=direction)
             if provider.package is not None or not provider.applies(this):
                 continue
@@ -211,7 +212,7 @@ def test_providers_agree(workload: Workload, device: torch.device, monkeypatch: 
             seen.append(provider.name)
     assert {"eager", "ours", "compile", "compile max-autotune"} <= set(seen)
     assert ("addmm_activation" in seen) == (workload is FUSED)
-    assert ("ours channels_last" in seen) == (workload is CONV)
+    assert ("ours channels_last" in seen) == (workload in (CONV, EVAL))
 
 
 def test_a_wrong_result_is_void() -> None:

@@ -17,7 +17,7 @@ import fastlayers.functional as FL
 from fastlayers import nn
 from fastlayers.kernels import _launch, _tiles, conv_box
 from fastlayers.kernels import conv as kernels
-from fastlayers.kernels._tiles import Device, Tile
+from fastlayers.kernels._tiles import Device, Product, Tile
 from fastlayers.ops.conv import _is_channels_last
 from fastlayers.testing import assert_within_budget, neighbours
 
@@ -424,6 +424,79 @@ def test_normalised_in_the_epilogue(way: str, dtype: torch.dtype, device: torch.
         with _tiles.force(**({"box": Tile(16, 32, 16)} if way == "boxes" else {})):
             y = FL.conv2d_then(x, w, b, groups=groups, then=nn.ReLU.pointwise, norm=norm)
         assert_within_budget(y, *results)
+
+
+RESIDUAL = {
+    "pointers": (3, 6, 1, {}),
+    "boxes": (3, 6, 1, dict(box=Tile(16, 32, 16))),
+    "depthwise": (3, 6, 6, {}),
+    "product": (1, 6, 1, {}),
+    "product in shares": (1, 18, 1, dict(matmul=Product(Tile(32, 16, 16), "ieee", splits=2))),
+    "product transposed": (1, 6, 1, dict(matmul=Product(Tile(32, 16, 16), "ieee", transposed=True))),
+    "product, halves": (1, 6, 1, dict(matmul=Product(Tile(64, 64, 16, warps=1), "ieee"))),
+}
+"""Size of the kernel, channels, groups, tiles."""
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("way", RESIDUAL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_added_in_the_epilogue(
+    dtype: torch.dtype, way: str, normalised: bool, device: torch.device, launched: list[str]
+) -> None:
+    kernel, c, groups, forced = RESIDUAL[way]
+    x = r(2, c, 5, 4, device=device, dtype=dtype)
+    w, b = r(6, c // groups, kernel, kernel, device=device, dtype=dtype), r(6, device=device, dtype=dtype)
+    norm = (r(6), r(6).square(), r(6), r(6)) if normalised else ()
+    size = F.conv2d(x, w, groups=groups).shape
+    for format in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=format)
+        for residual in (r(size), r(size).to(memory_format=torch.channels_last), r(1, *size[1:]).expand(size)):
+            residual = residual.to(device, dtype)
+            for then in (None, nn.ReLU.pointwise):
+                results = []
+                for t in (dtype, torch.float64):
+                    y = F.conv2d(x.to(t), w.to(t), b.to(t), groups=groups)
+                    y = F.batch_norm(y, *[n.to(device, t) for n in norm], eps=0.1) if normalised else y
+                    y = y + residual.to(t)
+                    results.append(y if then is None else y.relu())
+                statistics = (*[n.to(device, dtype) for n in norm], 0.1) if normalised else None
+                launched.clear()
+                with _tiles.force(**forced):
+                    y = FL.conv2d_then(x, w, b, groups=groups, then=then, norm=statistics, residual=residual)
+                assert len(launched) <= 3, "nothing but copies of a weight or an image, or shares to add up"
+                assert_within_budget(y, *results)
+                assert y.stride() == results[0].contiguous(memory_format=format).stride()
+
+
+def test_what_is_added_elsewhere(device: torch.device) -> None:
+    """Whatever a kernel can't add is torch's sum, with its broadcasting, promotion, gradients and errors."""
+    x, w = r(2, 3, 5, 4, device=device), r(4, 3, 3, 3, device=device)
+    y = FL.conv2d(x, w)
+    cases = [r(y.shape, dtype=torch.float64), r(4, 1, 1), r(()), r(y.shape).requires_grad_(), torch.ones(y.shape).int()]
+    with fastlayers.policy("auto"):
+        for residual in (case.to(device) for case in cases):
+            for _ in range(3):
+                ours = FL.conv2d_then(x, w, residual=residual)
+                torch.testing.assert_close(ours, y + residual)
+                assert ours.requires_grad == residual.requires_grad
+        x.requires_grad_()
+        (ours,) = torch.autograd.grad(FL.conv2d_then(x, w, residual=cases[0].float().to(device)).sum(), x)
+        torch.testing.assert_close(ours, torch.autograd.grad(F.conv2d(x, w).sum(), x)[0])
+        with pytest.raises(RuntimeError, match="must match the size"):
+            FL.conv2d_then(x, w, residual=r(2, 4, 5, 4, device=device))
+        residual = r(y.shape, device=device)
+        for dtype in (torch.bfloat16, torch.float32):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                for _ in range(3):
+                    ours = FL.conv2d_then(x, w, residual=residual.to(dtype))
+                    assert ours.dtype == dtype
+                    torch.testing.assert_close(ours, F.conv2d(x, w) + residual.to(dtype))
+        same = r(2, 4, 5, 4, device=device)
+        with torch.no_grad():
+            one = r(4, 4, 1, 1, device=device)
+            for _ in range(3):
+                torch.testing.assert_close(FL.conv2d_then(same, one, residual=same), F.conv2d(same, one) + same)
 
 
 def test_float32_obeys_cudnns_switch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

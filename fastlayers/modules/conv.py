@@ -35,6 +35,7 @@ class Conv2d(nn.Conv2d):
 
     chains = False
     normalizes = nn.BatchNorm2d
+    adds = True
 
     @staticmethod
     def forward_fused(
@@ -42,16 +43,17 @@ class Conv2d(nn.Conv2d):
         stages: Sequence[tuple[Conv2d, Pointwise | None]],
         *,
         norm: nn.BatchNorm2d | None = None,
+        residual: torch.Tensor | None = None,
         channels_last: bool | None = None,
     ) -> torch.Tensor:
-        """A layer, the batch normalisation that follows it in eval, and an activation, in one kernel."""
+        """A layer, the batch normalisation that follows it in eval, an addition, and an activation, in one kernel."""
         ((layer, then),) = stages
         statistics = None
         if norm is not None:
             assert norm.running_mean is not None and norm.running_var is not None  # the plan has seen to it
             statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
         arguments = layer._arguments(input, own(layer, "weight"), own(layer, "bias"))
-        return F.conv2d_then(*arguments, then=then, norm=statistics, channels_last=channels_last)
+        return F.conv2d_then(*arguments, then=then, norm=statistics, residual=residual, channels_last=channels_last)
 
     @staticmethod
     def carry(input: torch.Tensor, layers: Sequence[Conv2d]) -> list[dict[str, Any]]:

@@ -114,14 +114,14 @@ def _forward(
     eps: float | None,
     precision: str,
 ) -> tuple[torch.Tensor]:
-    """Of x, w and b, and the four tensors of a normalisation if there is an eps."""
-    x, w, b, *statistics = tensors
+    """Of x, w, b and what is added, and the four tensors of a normalisation if there is an eps."""
+    x, w, b, residual, *statistics = tensors
     assert x is not None and w is not None
     y = _output(x, w, g, channels_last)
     norm = None if eps is None else epilogues.Norm(*cast(Any, (*statistics, eps)))
     kernels.conv2d(
-        _images(x), w, b, _images(y), then=None if then is None else then.name, norm=norm, precision=precision,
-        **g.arguments(),
+        _images(x), w, b, _images(y), then=None if then is None else then.name, norm=norm,
+        residual=None if residual is None else _images(residual), precision=precision, **g.arguments(),
     )  # fmt: skip
     return (y,)
 
@@ -190,13 +190,13 @@ class _Conv2d(torch.autograd.Function):
         channels_last: bool | None,
         found: Found | None,
     ) -> torch.Tensor:
-        tensors, needs = (x, w, b), ctx.needs_input_grad
+        tensors, needs = (x, w, b, None), ctx.needs_input_grad
         results = found and found[0].play(tensors, found[1])
         (y,) = results or _forward(tensors, then, g, channels_last, None, _precision(x.dtype))
         plan = found and found[0].memo
         if plan is None:
             formats = _is_channels_last(_images(x)), _is_channels_last(w)
-            plan = _Plan(then, g, x.shape, w.shape, formats, _dispatch.edges(needs[:3], tensors))
+            plan = _Plan(then, g, x.shape, w.shape, formats, _dispatch.edges(needs[:3], tensors[:3]))
             if found is not None:  # for whose kind of tensors it is always the same
                 found[0].memo = plan
         ctx.set_materialize_grads(False)
@@ -255,6 +255,7 @@ def _why_not(
     groups: int = 1,
     then: Pointwise | None = None,
     norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
     channels_last: bool | None = None,
 ) -> str | None:
     reason = _dispatch.why_not(input, weight, *(() if bias is None else (bias,)), autocast=_probe)
@@ -272,7 +273,8 @@ def _why_not(
         return BadInput(f"a bias of {tuple(bias.shape)} for a weight of {tuple(weight.shape)}")
     if 0 in weight.shape or 0 in input.shape[-3:]:
         return "a dimension of size 0 other than the batch"
-    if min(geometry.output_size(input.shape[-2:], kernel)) < 1:
+    size = geometry.output_size(input.shape[-2:], kernel)
+    if min(size) < 1:
         return BadInput("a kernel larger than the padded image")
     return None if norm is None else _why_not_norm(norm, input, weight, bias)
 
@@ -307,11 +309,14 @@ def _twin(
     groups: int = 1,
     then: Pointwise | None = None,
     norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
     channels_last: bool | None = None,
 ) -> torch.Tensor:
     y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
     if norm is not None:
         y = F.batch_norm(y, *norm[:4], training=False, eps=norm[4])
+    if residual is not None:
+        y = y + residual
     if then is not None:
         y = then.torch(y)
     # The layer before may have left its result in channels_last, where torch's would have been NCHW.
@@ -328,20 +333,35 @@ def _conv2d(
     groups: int,
     then: Pointwise | None,
     norm: Norm | None,
+    residual: torch.Tensor | None,
     channels_last: bool | None,
 ) -> torch.Tensor:
     geometry = _geometry(weight.shape[2:], stride, padding, dilation, groups)
     x, w, b = _dtypes.autocast(_probe, input, weight, bias)
     assert geometry is not None and x is not None and w is not None  # _why_not has seen to it
+    if residual is not None and not _fits(residual, x, w, b, geometry):
+        y = _conv2d(x, w, b, stride, padding, dilation, groups, None, norm, None, channels_last) + residual
+        return y if then is None else then.torch(y)
     grad = _dispatch.wants_grad(x, w, b)
     if torch.compiler.is_compiling():
         from . import traced  # which imports this file
 
-        return traced.conv2d(x, w, b, then, geometry, channels_last, norm, grad)
+        return traced.conv2d(x, w, b, then, geometry, channels_last, norm, residual, grad)
     if grad:
         return _Conv2d.apply(x, w, b, then, geometry, channels_last, None)  # type: ignore[return-value]
     statistics, eps = _split(norm)
-    return _forward((x, w, b, *statistics), then, geometry, channels_last, eps, _precision(x.dtype))[0]
+    return _forward((x, w, b, residual, *statistics), then, geometry, channels_last, eps, _precision(x.dtype))[0]
+
+
+def _fits(residual: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, g: _Geometry) -> bool:
+    """Whether it can be added in the epilogue of this convolution, whose backward knows nothing of it."""
+    return (
+        isinstance(residual, torch.Tensor)
+        and _dispatch.why_not(residual) is None
+        and not _dispatch.wants_grad(x, w, b, residual)
+        and (residual.device, residual.dtype) == (x.device, x.dtype)
+        and residual.shape == (*x.shape[:-3], w.shape[0], *g.output_size(x.shape[-2:], w.shape[2:]))
+    )
 
 
 def _split(norm: Norm | None) -> tuple[Tensors, float | None]:
@@ -369,27 +389,31 @@ def _again(
     groups: int = 1,
     then: Pointwise | None = None,
     norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
     channels_last: bool | None = None,
 ) -> torch.Tensor | None:
     if not is_plain(input) or not is_plain(weight) or weight.dim() != 4:
+        return None
+    if residual is not None and not is_plain(residual):
         return None
     if not (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation) and type(groups) is int):
         return None
     g = _known_geometry(weight.shape[2:], stride, padding, dilation, groups)
     statistics, eps = _split(norm)
-    tensors: Tensors = (input, weight, bias, *statistics)
+    tensors: Tensors = (input, weight, bias, residual, *statistics)
     if torch._C._is_any_autocast_enabled():
         dtype = _dtypes.after_autocast(_probe, input)
         plain = all(t is None or is_plain(t) for t in tensors)
         if not plain or not _forward.expects(input, (then, g, channels_last, eps, _precision(dtype))):
             return None
-        tensors = (*_dtypes.autocast(_probe, *tensors[:3]), *statistics)
+        tensors = (*_dtypes.autocast(_probe, *tensors[:3]), residual, *statistics)
     present = something(tensors)
     found = _forward.find(present, (then, g, channels_last, eps, _precision(present[0].dtype)))
     if found is None:
         return None
     if found[2] and torch.is_grad_enabled():
-        return None if norm is not None else _apply(*tensors, then, g, channels_last, found)
+        alone = norm is None and residual is None
+        return _apply(*tensors[:3], then, g, channels_last, found) if alone else None
     results = found[0].play(present, found[1])
     return None if results is None else results[0]
 
@@ -427,7 +451,7 @@ def conv2d(
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html; implicit matrix product:
         Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759.
     """
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, None, None, None)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, None, None, None, None)
 
 
 @accelerated(twin=_twin, why_not=_why_not, again=_again, traceable=True)
@@ -441,16 +465,19 @@ def conv2d_then(
     groups: int = 1,
     then: Pointwise | None = None,
     norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
     channels_last: bool | None = None,
 ) -> torch.Tensor:
     """A convolution and what follows it, in one kernel. Everything else as `conv2d`.
 
     Args:
         then: the activation at the end.
-        norm: a batch normalisation in eval, before the activation; only where no gradients are recorded.
+        norm: a batch normalisation in eval that comes first; only where no gradients are recorded.
+        residual: what is added before the activation; in the kernel if it is of the result's shape and dtype and no
+            gradients are recorded.
         channels_last: the result's memory format, where it isn't torch's choice: see `conv2d_formats`.
     """
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, then, norm, channels_last)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, then, norm, residual, channels_last)
 
 
 def conv2d_formats(input: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[bool | None]:

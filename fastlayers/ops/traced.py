@@ -150,7 +150,8 @@ def linear_chain(tensors: Tensors, thens: Thens, grad: bool) -> torch.Tensor:
 
 _GEOMETRY = "int[] stride, int[] padding, int[] end, int[] dilation, int groups"
 _library.define(
-    f"conv2d(Tensor x, Tensor w, Tensor? b, str then, {_GEOMETRY}, bool? channels_last, Tensor?[] norm, float eps) -> Tensor"
+    f"conv2d(Tensor x, Tensor w, Tensor? b, str then, {_GEOMETRY}, bool? channels_last, Tensor?[] norm, float eps,"
+    " Tensor? residual) -> Tensor"
 )
 _library.define(
     f"conv2d_backward(Tensor dy, Tensor? x, Tensor? w, Tensor? y, str then, {_GEOMETRY},"
@@ -169,10 +170,10 @@ def _geometry(
 def _conv2d(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: str,
     stride: list[int], padding: list[int], end: list[int], dilation: list[int], groups: int,
-    channels_last: bool | None, norm: list[torch.Tensor | None], eps: float,
+    channels_last: bool | None, norm: list[torch.Tensor | None], eps: float, residual: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     g = _geometry(stride, padding, end, dilation, groups)
-    tensors = (x, w, b, *norm)
+    tensors = (x, w, b, residual, *norm)
     return conv._forward(
         tensors, _records([then])[0], g, channels_last, eps if norm else None, conv._precision(x.dtype)
     )[0]
@@ -182,7 +183,7 @@ def _conv2d(
 def _(
     x: torch.Tensor, w: torch.Tensor, b: Any, then: Any,
     stride: list[int], padding: list[int], end: list[int], dilation: list[int], groups: int,
-    channels_last: bool | None, norm: Any, eps: Any,
+    channels_last: bool | None, norm: Any, eps: Any, residual: Any,
 ) -> torch.Tensor:  # fmt: skip
     return conv._output(x, w, _geometry(stride, padding, end, dilation, groups), channels_last)
 
@@ -237,7 +238,7 @@ class _Conv2d(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         (name,), needs = _names((then,)), ctx.needs_input_grad[:3]
         geometry = g.stride, g.padding, g.end, g.dilation, g.groups
-        y = torch.ops.fastlayers.conv2d(x, w, b, name, *geometry, channels_last, [], 0.0)
+        y = torch.ops.fastlayers.conv2d(x, w, b, name, *geometry, channels_last, [], 0.0, None)
         ctx.options = name, *geometry, x.shape, w.shape
         ctx.formats, ctx.needs = [conv._is_channels_last(conv._images(x)), conv._is_channels_last(w)], needs
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None, y if name else None)
@@ -252,11 +253,11 @@ class _Conv2d(torch.autograd.Function):
 
 def conv2d(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, then: Pointwise | None, g: Any, channels_last: bool | None,
-    norm: Any, grad: bool,
+    norm: Any, residual: torch.Tensor | None, grad: bool,
 ) -> torch.Tensor:  # fmt: skip
     """The convolution and what follows it as an operator, differentiable if `grad`."""
     if grad:
         return _Conv2d.apply(x, w, b, then, g, channels_last)  # type: ignore[return-value]
     geometry = g.stride, g.padding, g.end, g.dilation, g.groups
     *statistics, eps = norm or (0.0,)
-    return torch.ops.fastlayers.conv2d(x, w, b, *_names((then,)), *geometry, channels_last, statistics, eps)
+    return torch.ops.fastlayers.conv2d(x, w, b, *_names((then,)), *geometry, channels_last, statistics, eps, residual)
