@@ -8,25 +8,33 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from . import _fusion
+from . import _fusion, functional
 from .modules import Sequential
-from .ops.pointwise import relu
+from .ops.pointwise import RECORDS
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-_RELU = (F.relu, torch.relu, torch.relu_, relu, "relu", "relu_")
 _INTO_FIRST = (operator.iadd, "add_")
 """Those that write their result into their first operand."""
 
 
 def run(input: torch.Tensor, residual: torch.Tensor | None, *parts: Any) -> torch.Tensor:
-    """What a Sequential of these parts computes, among which "add" stands for adding the residual and "relu" for itself."""
-    modules = [_fusion.Add(residual) if p == "add" else _fusion.RECTIFY if p == "relu" else p for p in parts]
+    """What a Sequential of these parts computes. Among modules, words stand for functions: "add" for adding the residual, an
+    activation's name for that."""
+    modules = [
+        p if not isinstance(p, str) else _activation(p) if p in RECORDS else _fusion.Add(residual) for p in parts
+    ]
     for step in _fusion.plan(modules):
         input = step(input)
     return input
+
+
+@functools.cache
+def _activation(name: str) -> Any:
+    """The function as a part of a run, whose class declares its record."""
+    function = getattr(functional, name, RECORDS[name].torch)
+    return type(name, (_fusion.Function,), {"pointwise": RECORDS[name], "__call__": lambda self, x: function(x)})()
 
 
 def fuse(model: nn.Module) -> fx.GraphModule:
@@ -38,7 +46,7 @@ def fuse(model: nn.Module) -> fx.GraphModule:
         with torch.inference_mode(): fused(x)
 
     Conv2d, BatchNorm2d (in eval, where no gradients are recorded), the addition of a residual (likewise) and ReLU become one
-    kernel, and so do Linear and ReLU; Linear layers in a row are one function for autograd. Sums and ReLU may be operators,
+    kernel, and so do Linear and ReLU; Linear layers in a row are one function for autograd. Sum and ReLU may be operators,
     functions or methods of torch's. What is fused is decided at every call, as in a Sequential: a layer with a hook runs
     alone.
 
@@ -137,7 +145,7 @@ class _Fuser:
                 residual = _other_operand(node, last)
                 if residual is None:
                     break
-            elif not (node.target in _RELU and len(node.args) == 1):
+            elif _activation_of(node) is None:
                 break
             if any(self._writes(n) for n in self.nodes[self.order[last] + 1 : self.order[node]]):
                 break
@@ -148,9 +156,7 @@ class _Fuser:
         """Put a call of `run` where the last of these nodes stands, and take them out."""
         with self.graph.inserting_before(found[-1]):
             parts = [
-                self.graph.get_attr(str(node.target))
-                if node.op == "call_module"
-                else ("add" if node.target in _ADD else "relu")
+                self.graph.get_attr(str(node.target)) if node.op == "call_module" else (_activation_of(node) or "add")
                 for node in found
             ]
             call = self.graph.call_function(run, (found[0].args[0], residual, *parts))
@@ -176,12 +182,27 @@ class _Fuser:
         if node.op == "call_method":
             return str(node.target).endswith("_")
         if node.op == "call_function":
-            home, name = getattr(node.target, "__module__", None) or "", getattr(node.target, "__name__", "_")
+            home, name = _home(node), getattr(node.target, "__name__", "_")
             if home == "_operator":
                 return name.startswith(("i", "set", "del")) and name not in ("index", "inv", "invert")
-            known = home.startswith(("torch", "builtins", "math", "fastlayers")) and not home.startswith("torch._ops")
+            known = home.startswith(("torch", "builtins", "math", "fastlayers"))
             return not known or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
         return False
+
+
+def _home(node: fx.Node) -> str:
+    """The module of the function that it calls. Of operators that anyone may have registered, none."""
+    home = getattr(node.target, "__module__", None) or ""
+    return "" if home.startswith("torch._ops") else home
+
+
+def _activation_of(node: fx.Node) -> str | None:
+    """The name of the activation that it applies to its one argument."""
+    function = node.op == "call_function" and _home(node).startswith(("torch", "fastlayers"))
+    if not (function or node.op == "call_method") or len(node.args) != 1 or node.kwargs.keys() - {"inplace"}:
+        return None
+    name = (str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")).removesuffix("_")
+    return name if name in RECORDS else None
 
 
 def _other_operand(node: fx.Node, one: fx.Node) -> fx.Node | None:

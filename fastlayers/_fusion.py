@@ -21,18 +21,17 @@ import torch
 from torch.nn.modules import module as _torch
 
 from ._dispatch import fused
-from .ops.pointwise import RELU, relu
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
-class _Function:
+class Function:
     """Stands among modules for a function, which nobody can hook."""
 
     _forward_hooks = _forward_pre_hooks = _backward_hooks = _backward_pre_hooks = _compiled_call_impl = None
 
 
-class Add(_Function):
+class Add(Function):
     """x + residual."""
 
     def __init__(self, residual: Any):
@@ -40,18 +39,6 @@ class Add(_Function):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.residual
-
-
-class _Rectify(_Function):
-    """max(x, 0)."""
-
-    pointwise = RELU
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return relu(x)
-
-
-RECTIFY = _Rectify()
 
 
 @dataclass

@@ -523,17 +523,17 @@ def conv_box(
     precision: str,
     device: Device,
     *,
-    wide: bool,
+    crowded: bool,
 ) -> tuple[Tile, tuple[int, int, int]]:
     """Tile and box for `copies` convolutions to `channels` channels of `images` (N, H, W), each a sum over taps and `depth`
-    channels. `reach`: a step must divide this many channels, because other ones follow. `wide`: the result needs offsets
-    of 64 bits, for which the large tile has no registers left."""
+    channels. `reach`: a step must divide this many channels, because other ones follow. `crowded`: the epilogue needs
+    offsets of 64 bits or a residual in NCHW, for which the large tile has no registers left."""
     if "box" in forced:
         tile = forced["box"]
     else:
         kind = _arithmetic(dtype, precision)
         pixels = images[0] * images[1] * images[2]
-        for size in (("medium",) if wide else ("large", "medium")) if channels > 64 else ("narrow",):
+        for size in (("medium",) if crowded else ("large", "medium")) if channels > 64 else ("narrow",):
             tile = _BOX[kind, size]
             if 4 * copies * cdiv(channels, tile.m) * cdiv(pixels, tile.n) >= 3 * device.multiprocessors:
                 break

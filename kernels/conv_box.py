@@ -482,7 +482,7 @@ def _launch_box(
     reach = math.gcd(c, x.shape[1]) if groups > 1 else x.shape[1] if phases[1] > 1 else None
     tile, (images, rows_h, rows_w) = _tiles.conv_box(
         o, c, (n, -(-h // classes[0]), -(-v // classes[1])), groups * classes[0] * classes[1], reach, x.dtype, precision,
-        _tiles.device(x.device), wide=wide,
+        _tiles.device(x.device), crowded=wide or (residual is not None and y.stride(1) != 1),
     )  # fmt: skip
     x_desc = _descriptor(x, [images, rows_h, rows_w, tile.k], phases)
     # What the last step over the channels of a tap reads beyond them must be zeros.

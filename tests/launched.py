@@ -5,6 +5,7 @@ the suite's interprets. Compiling is replaced, so that hundreds of specialisatio
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -165,11 +166,13 @@ def seen(gpu: Gpu, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> 
     return launches, [(t.shape, t.stride(), t.dtype) for t in made]
 
 
-def same(gpu: Gpu, run: Callable[[], None], counted: list[None], repeat: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step, replayed both ways from the third time on, launches what it does without replays."""
+def same(
+    gpu: Gpu, run: Callable[[], Any], counted: list[None], repeat: int, monkeypatch: pytest.MonkeyPatch, passes: int = 2
+) -> None:
+    """A step of so many passes, replayed from the third time on, launches what it does without replays."""
     before = len(counted)
     got = seen(gpu, run, monkeypatch)
-    assert repeat < 2 or len(counted) == before + 2
+    assert repeat < 2 or len(counted) == before + passes
     with ordinarily():
         assert got == seen(gpu, run, monkeypatch)
     assert got[0]
@@ -279,6 +282,22 @@ def test_a_replay_of_convolutions(dtype: torch.dtype, boxes: bool, gpu: Gpu, mon
         for leaves, geometry in convolutions(dtype):
             run = step(lambda *t, geometry=geometry: FL.conv2d(*t, **geometry), *leaves)
             same(gpu, run, counted, repeat, monkeypatch)
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+def test_a_replay_of_epilogues(boxes: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normalised, added to and activated, as in eval."""
+    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0 if boxes else 2**62)
+    counted = plays(monkeypatch)
+    for repeat in range(3):
+        for leaves, geometry in convolutions(torch.float16):
+            x, w, b = (t.detach() for t in leaves)
+            statistics = [torch.empty_like(b) for _ in range(4)]
+            residual = FL.conv2d(x, w, **geometry)
+            for norm in (None, (*statistics, 1e-5)):
+                epilogue = dict(then=nn.ReLU.pointwise, norm=norm, residual=residual)
+                run = functools.partial(FL.conv2d_then, x, w, b, **geometry, **epilogue)
+                same(gpu, run, counted, repeat, monkeypatch, passes=1)
 
 
 def test_tensor_maps_are_made_once_for_an_address(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

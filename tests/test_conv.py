@@ -368,12 +368,12 @@ def test_every_pick_of_a_box_is_in_the_table() -> None:
     for channels, depth, images, (dtype, precision) in itertools.product(
         (1, 16, 64, 65, 512), (3, 16, 48, 72, 512), sizes, ((torch.float16, "ieee"), (torch.float32, "tf32"))
     ):
-        for reach, wide in itertools.product((None, 16 * depth), (False, True)):
-            tile, shape = _tiles.conv_box(channels, depth, images, 4, reach, dtype, precision, device, wide=wide)
+        for reach, crowded in itertools.product((None, 16 * depth), (False, True)):
+            tile, shape = _tiles.conv_box(channels, depth, images, 4, reach, dtype, precision, device, crowded=crowded)
             assert tile in shipped
             assert shape[0] * shape[1] * shape[2] == tile.n
             assert reach is None or reach % tile.k == 0
-            assert not wide or tile.m * tile.n < 128 * 256
+            assert not crowded or tile.m * tile.n < 128 * 256
         tile, shape, splits = _tiles.conv_box_weight_grad(channels, depth, images, 9, dtype, precision, device)
         assert tile in shipped
         assert shape[0] * shape[1] * shape[2] == tile.k
