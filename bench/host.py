@@ -40,6 +40,8 @@ from fastlayers import _dispatch, nn
 from fastlayers.kernels import _launch, _tiles
 from fastlayers.ops import linear as linear_op
 
+from . import networks
+
 _LAUNCHES_FROM_PYTHON = hasattr(nvidia, "PyKernelArg")
 
 
@@ -196,6 +198,11 @@ def cases() -> list[Case]:
     x, y = r(8, 16), r(64, 784)
     found.append(
         Case("tutorial MLP forward", _no_grad(lambda: theirs(x)), _no_grad(lambda: ours(y)), 1.0),
+    )
+    block, fused = (networks.bottleneck(space, 16, 4, 1).eval() for space in (torch.nn, nn))
+    fused, image = fastlayers.fuse(fused), r(1, 16, 2, 2)
+    found.append(
+        Case("ResNet block in eval, fused", _no_grad(lambda: block(image)), _no_grad(lambda: fused(image)), 1.0)
     )
     steps = [_backward(lambda m=m, v=v: m(v), list(m.parameters())) for m, v in ((theirs, x), (ours, y))]
     found.append(Case("tutorial MLP forward + backward", steps[0], steps[1], 1.0))

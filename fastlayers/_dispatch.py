@@ -161,9 +161,11 @@ def _only_default_devices() -> bool:
 
 def _escapes_guards() -> bool:
     """Whether somebody watches or transforms this call whom the guards of kernels/_replay.py don't know, or may not look
-    for: torch.jit writes down who reads a size. The rest of `_observed` are dispatch keys, which they compare."""
+    for: torch.jit writes down who reads a size. The rest of `_observed` are dispatch keys, which they compare; a
+    TorchDispatchMode's they leave out where it asks not to be compiled."""
     return (
-        forward_ad._current_level >= 0
+        torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or (torch._C._is_torch_function_mode_enabled() and not _only_default_devices())
     )

@@ -21,6 +21,7 @@ import torch
 from torch.nn.modules import module as _torch
 
 from ._dispatch import fused
+from ._state import own
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -162,9 +163,9 @@ def _only_applies_statistics(module: Any) -> bool:
     """Whether a batch normalisation only applies its running statistics now, and nobody asks for gradients through them."""
     return (
         not module.training
-        and module.running_mean is not None
-        and module.running_var is not None
         and not torch.is_grad_enabled()
+        and own(module, "running_mean", type(module)) is not None
+        and own(module, "running_var", type(module)) is not None
     )
 
 

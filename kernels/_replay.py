@@ -158,7 +158,11 @@ class Replayable:
 
     def expects(self, first: torch.Tensor, options: tuple[Any, ...]) -> bool:
         """Whether something could be done again for some tensors of which the first has these sizes."""
-        return any(isinstance(kind.take, Take) for kind in self.kinds.get(_key((first,), options), ()))
+        try:
+            kinds = self.kinds.get(_key((first,), options), ())
+        except RuntimeError:  # a nested one has no shape
+            return False
+        return any(isinstance(kind.take, Take) for kind in kinds)
 
     def again(self, tensors: Tensors, options: tuple[Any, ...]) -> Results | None:
         """What `work` returns, if it was done for such tensors before and can be again."""
@@ -208,10 +212,12 @@ class Replayable:
     def _record(self, kind: _Kind, tensors: Tensors, options: tuple[Any, ...]) -> Results:
         recorder = Recorder(tensors)
         _launch.here.listener = recorder
+        # Not `with recorder`: that sets flags of the process, which several threads would leave set.
+        torch._C._push_on_torch_dispatch_stack(recorder)
         try:
-            with recorder:
-                results = self.work(tensors, *options)
+            results = self.work(tensors, *options)
         finally:
+            torch._C._pop_torch_dispatch_stack(None)
             _launch.here.listener = None
         kind.take = recorder.take(results) or False
         return results

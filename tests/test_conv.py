@@ -615,3 +615,12 @@ def test_between_convolutions_images_stay_in_channels_last(
             torch.testing.assert_close(*results)
     with fastlayers.policy("torch"):
         assert ours(r(2, 2, 4, 5, device=device)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_weight_that_is_none(device: torch.device) -> None:
+    with fastlayers.policy("auto"):
+        for space in (nn, torch.nn):
+            model = space.Sequential(space.Conv2d(2, 3, 1), space.Conv2d(3, 2, 1)).to(device)
+            model[1].weight = None
+            with pytest.raises(TypeError, match="conv2d"):
+                model(r(1, 2, 3, 3, device=device))

@@ -251,6 +251,21 @@ def test_nested_tensors_are_torchs(device: torch.device) -> None:
             for a, c in zip(ours.unbind(), theirs.unbind(), strict=True):
                 torch.testing.assert_close(a, c)
         assert "nested" in str(fastlayers.explain(FL.relu, nested))
+        with torch.autocast(device.type, torch.bfloat16):
+            for a, c in zip(FL.linear(nested, w, b).unbind(), F.linear(nested, w, b).unbind(), strict=True):
+                torch.testing.assert_close(a, c)
+
+
+def test_autocast_of_one_device_and_tensors_of_another(device: torch.device) -> None:
+    """Of "meta", say, which knows no autocast."""
+    x = torch.empty(2, 3, 4, 4, device="meta")
+    with fastlayers.policy("auto"), torch.autocast(device.type, torch.bfloat16):
+        for make in (
+            lambda s: s.Conv2d(3, 4, 1, device="meta"), lambda s: s.Linear(4, 5, device="meta"), lambda s: s.Softmax(1),
+            lambda s: s.ReLU(), lambda s: s.Sequential(s.Linear(4, 5, device="meta"), s.ReLU()),
+        ):  # fmt: skip
+            ours, theirs = make(nn)(x), make(torch.nn)(x)
+            assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
 
 
 def test_missing_arguments_are_named_as_torchs() -> None:

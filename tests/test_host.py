@@ -260,6 +260,14 @@ class _Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Quiet(_Dispatched):
+    """As selective checkpointing's: one whose keys TensorGuards leave out."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
 class _Overridden(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -308,10 +316,11 @@ def test_a_replay_escapes_nobody(name: str, grad: bool, plays: list[None], devic
         layer(*tensors)
     assert replays(lambda: layer(*tensors)) == 1
     right = twin(*tensors)
-    for mode in (_Dispatched(), _Overridden()):
+    for mode in (_Dispatched(), _Quiet(), _Overridden()):
         with mode:
             assert replays(lambda: layer(*tensors)) == 0
         assert mode.seen
+        assert not any("strided" in name for name in mode.seen), "allocations of ours, not torch's own function"
     sub = x.detach().as_subclass(_Logged)
     _Logged.seen.clear()
     assert replays(lambda: layer(sub, *rest)) == 0
@@ -537,6 +546,22 @@ def test_forgets_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch, dev
         assert len(replayable.kinds) <= 5
 
 
+def test_recording_is_the_threads_own_affair(device: torch.device) -> None:
+    """torch keeps in globals whether a mode is on: threads that record at the same time would leave them set."""
+    modes: list[bool] = []
+
+    def work(tensors: Any) -> tuple[torch.Tensor, ...]:
+        modes.append(torch.utils._python_dispatch.is_in_torch_dispatch_mode())
+        return (kernels.pointwise(tensors[0], "relu"),)
+
+    replayable = _replay.Replayable(work)
+    x = torch.randn(4, device=device)
+    for _ in range(3):
+        replayable((x,))
+    assert modes == [False, False], "played the third time"
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
 def test_an_error_leaves_no_recording_behind(device: torch.device) -> None:
     x, calls = torch.randn(4, device=device), []
 
@@ -551,6 +576,7 @@ def test_an_error_leaves_no_recording_behind(device: torch.device) -> None:
     with pytest.raises(ZeroDivisionError):
         replayable((x,))
     assert _launch.here.listener is None
+    assert torch._C._len_torch_dispatch_stack() == 0
     for _ in range(3):
         assert torch.equal(replayable((x,))[0], x.relu())
 

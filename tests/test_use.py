@@ -193,6 +193,44 @@ def test_reparametrized(change: Callable[..., Any], pair: Any, x: torch.Tensor) 
     same(*(m(x) for m in pair), rtol=1e-4, atol=1e-4)
 
 
+def doubled(base: Any) -> Any:
+    class Doubled(base):
+        @property
+        def weight(self) -> Any:
+            return self._parameters["weight"] * 2 if "weight" in self._parameters else super().__getattr__("weight")
+
+    return Doubled
+
+
+def quantised(base: Any) -> Any:
+    class Quantised(base):
+        def __getattr__(self, name: str) -> Any:
+            value = super().__getattr__(name)
+            return value.round() if name in ("weight", "bias") else value
+
+    return Quantised
+
+
+def replaced(base: Any) -> Any:
+    kind = type("Replaced", (base,), {})
+    kind.after = lambda self: setattr(kind, "weight", torch.ones_like(self._parameters["weight"]))
+    return kind
+
+
+@pytest.mark.parametrize("subclass", [doubled, quantised, replaced])
+def test_subclasses_with_attributes_of_their_own(subclass: Any, device: torch.device) -> None:
+    for name, arguments, shape in (("Linear", (6, 5), (4, 6)), ("Conv2d", (3, 4, 2), (1, 3, 4, 5))):
+        ours, theirs = (subclass(getattr(space, name))(*arguments).to(device) for space in (nn, torch.nn))
+        for p, q in zip(ours._parameters.values(), theirs._parameters.values(), strict=True):
+            p.data = q.data.mul_(4)
+        for layer in (ours, theirs):
+            getattr(layer, "after", lambda: None)()
+        x = torch.randn(shape, device=device)
+        for wrap in (lambda layer: layer, lambda layer: nn.Sequential(layer, nn.ReLU())):
+            for _ in range(3):
+                same(wrap(ours)(x), wrap(theirs)(x), rtol=1e-4, atol=1e-4)
+
+
 # --- parameters --------------------------------------------------------------------------------------------------------
 
 

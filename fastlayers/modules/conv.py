@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .. import functional as F
+from .._state import own
 from ..ops.pointwise import Pointwise
-from ._parameters import own
 
 
 class Conv2d(nn.Conv2d):
@@ -21,7 +21,7 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, own(self, "weight"), own(self, "bias"))
+        return self._conv_forward(input, own(self, "weight", Conv2d), own(self, "bias", Conv2d))
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.conv2d(*self._arguments(input, weight, bias))
@@ -50,15 +50,18 @@ class Conv2d(nn.Conv2d):
         ((layer, then),) = stages
         statistics = None
         if norm is not None:
-            assert norm.running_mean is not None and norm.running_var is not None  # the plan has seen to it
-            statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-        arguments = layer._arguments(input, own(layer, "weight"), own(layer, "bias"))
+            names = ("running_mean", "running_var", "weight", "bias")
+            statistics = (
+                *[own(norm, name, nn.BatchNorm2d) for name in names],
+                norm.eps,
+            )  # not None: the plan has seen to it
+        arguments = layer._arguments(input, own(layer, "weight", Conv2d), own(layer, "bias", Conv2d))
         return F.conv2d_then(*arguments, then=then, norm=statistics, residual=residual, channels_last=channels_last)
 
     @staticmethod
     def carry(input: torch.Tensor, layers: Sequence[Conv2d]) -> list[dict[str, Any]]:
         """channels_last between the layers, and torch's memory format at the end: an image in NCHW is converted once."""
-        formats = F.conv2d_formats(input, [own(layer, "weight") for layer in layers])
+        formats = F.conv2d_formats(input, [own(layer, "weight", Conv2d) for layer in layers])
         return [{"channels_last": format} for format in formats]
 
 

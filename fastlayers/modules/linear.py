@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .. import functional as F
+from .._state import own
 from ..ops.pointwise import Pointwise
-from ._parameters import own
 
 
 class Linear(nn.Linear):
@@ -19,14 +19,15 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, own(self, "weight"), own(self, "bias"))
+        return F.linear(input, own(self, "weight", Linear), own(self, "bias", Linear))
 
     chains = True
 
     @staticmethod
     def forward_fused(input: torch.Tensor, stages: Sequence[tuple[Linear, Pointwise | None]]) -> torch.Tensor:
         """Several layers and the activations between them, as one function for autograd."""
-        return F.linear_chain(input, [(own(layer, "weight"), own(layer, "bias"), then) for layer, then in stages])
+        tensors = [(own(layer, "weight", Linear), own(layer, "bias", Linear), then) for layer, then in stages]
+        return F.linear_chain(input, tensors)
 
 
 class LazyLinear(nn.LazyLinear, Linear):  # pyright: ignore[reportIncompatibleVariableOverride]

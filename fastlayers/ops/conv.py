@@ -486,7 +486,10 @@ def conv2d_formats(input: torch.Tensor, weights: Sequence[torch.Tensor]) -> list
 
     Shape: input (N, C, H, W) or (C, H, W). None stands for torch's choice.
     """
-    plain = type(input) is torch.Tensor and input.dim() in (3, 4) and input.numel() > 0
+    plain = all(
+        isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested for t in (input, *weights)
+    )
+    plain = plain and type(input) is torch.Tensor and input.dim() in (3, 4) and input.numel() > 0
     # Of a single channel, or in float64, torch's choice isn't passed on from layer to layer.
     if not plain or input.dtype == torch.float64 or any(w.dim() != 4 or w.shape[0] == 1 for w in weights[:-1]):
         return [None] * len(weights)
