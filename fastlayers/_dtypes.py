@@ -30,12 +30,16 @@ def conv_precision() -> str:
 def after_autocast(probe: Probe | None, tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which autocast, as it is now, has torch compute `probe` for a tensor of this dtype and device."""
     kind = tensor.device.type
-    if probe is None or tensor.dtype not in _CASTABLE or not torch.amp.is_autocast_available(kind):
-        return tensor.dtype
-    if not torch.is_autocast_enabled(kind):
+    if probe is None or tensor.dtype not in _CASTABLE or not _autocasts(kind):
         return tensor.dtype
     ask = _ask if torch.compiler.is_compiling() else _asked  # Dynamo traces no cache, and drops what nobody uses
     return ask(probe, tensor.device, torch.get_autocast_dtype(kind), tensor.dtype)
+
+
+def _autocasts(kind: str) -> bool:
+    """Whether autocast is on for such devices. Some ("meta") know none, and torch raises; Dynamo would note the question."""
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
 
 
 def _ask(probe: Probe, device: torch.device, autocast: torch.dtype, dtype: torch.dtype) -> torch.dtype:

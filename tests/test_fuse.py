@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
 
 import fastlayers
 import fastlayers.functional as FL
@@ -193,11 +194,19 @@ def test_a_container_with_a_hook_stays_whole(device: torch.device, x: torch.Tens
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own
 def test_compiled(pair: Any, x: torch.Tensor) -> None:
     ours, theirs = pair[0].eval(), pair[1].eval()
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return aot_eager(graph, inputs)
+
     torch._dynamo.reset()
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), theirs(x))
     torch._dynamo.reset()
+    assert called.count("fastlayers.conv2d") == len(IN_EVAL) - 1
+    assert not any("add" in name or "norm" in name for name in called), called
 
 
 class Functional(torch.nn.Module):

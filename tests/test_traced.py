@@ -254,10 +254,12 @@ def test_convolution_operators_are_well_formed(device: torch.device) -> None:
     geometry = [2, 1], [1, 0], [1, 0], [1, 2], 2
     for x in (torch.randn(2, 4, 6, 5, device=device), torch.randn(4, 6, 5, device=device)):
         for weight in (w, w.to(memory_format=torch.channels_last)):
-            arguments = (x, weight, b, "relu", *geometry, None, [], 0.0)
+            arguments = (x, weight, b, "relu", *geometry, None, [], 0.0, None)
             checks = ("test_schema", "test_faketensor")
             torch.library.opcheck(torch.ops.fastlayers.conv2d, arguments, test_utils=checks)
             y = torch.ops.fastlayers.conv2d(*arguments)
+            added = (*arguments[:-1], torch.randn_like(y))
+            torch.library.opcheck(torch.ops.fastlayers.conv2d, added, test_utils=checks)
             formats = [False, weight is not w]
             for needs in ([True, True, True], [False, True, False], [True, False, True]):
                 backward = (torch.randn_like(y), x, weight, y, "relu", *geometry, x.shape, w.shape, formats, needs)
@@ -284,7 +286,7 @@ def test_flops_are_counted_as_torchs(device: torch.device) -> None:
         torch.autograd.grad(torch.nn.functional.conv2d(x, w, stride=2).sum(), (x, w))
     with torch.no_grad(), FlopCounterMode(display=False) as mine:
         geometry = [2, 2], [0, 0], [0, 0], [1, 1], 1
-        y = torch.ops.fastlayers.conv2d(x, w, None, "", *geometry, None, [], 0.0)
+        y = torch.ops.fastlayers.conv2d(x, w, None, "", *geometry, None, [], 0.0, None)
         dy, options = torch.ones_like(y), (x.shape, w.shape, [False, False], [True, True, False])
         torch.ops.fastlayers.conv2d_backward(dy, x, w, None, "", *geometry, *options)
     totals.append((mine.get_total_flops(), counter.get_total_flops()))

@@ -222,7 +222,7 @@ def test_subclasses_with_attributes_of_their_own(subclass: Any, device: torch.de
     for name, arguments, shape in (("Linear", (6, 5), (4, 6)), ("Conv2d", (3, 4, 2), (1, 3, 4, 5))):
         ours, theirs = (subclass(getattr(space, name))(*arguments).to(device) for space in (nn, torch.nn))
         for p, q in zip(ours._parameters.values(), theirs._parameters.values(), strict=True):
-            p.data = q.data.mul_(4)
+            p.data = q.data = torch.linspace(-3, 3, p.numel(), device=device).view(p.shape)
         for layer in (ours, theirs):
             getattr(layer, "after", lambda: None)()
         x = torch.randn(shape, device=device)
