@@ -207,15 +207,25 @@ def backward(work: Any, tensors: Sequence[torch.Tensor | None], options: tuple[A
     results = work.again(tensors, options)
     if results is not None:
         return results
-    if (
-        _observed() is not None
-        or type(dy) is not torch.Tensor
-        or dy.layout is not torch.strided
-        or _has_no_memory_of_its_own(dy)
-        or torch._C._functorch.is_legacy_batchedtensor(dy)  # pyright: ignore[reportAttributeAccessIssue]
-    ):
+    if _observed() is not None or torch._C._functorch.is_legacy_batchedtensor(dy):  # pyright: ignore[reportAttributeAccessIssue]
         return None
+    for tensor in tensors:
+        if tensor is not None and not (_is_like(tensor, dy) and not _has_no_memory_of_its_own(tensor)):
+            return None
     return work(tensors, *options)
+
+
+def _is_like(tensor: torch.Tensor, dy: torch.Tensor) -> bool:
+    """Whether a kernel can take it together with dy: hooks (torch.autograd.graph.saved_tensors_hooks) may have made anything
+    of what was saved."""
+    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    return (
+        plain
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and (tensor.device, tensor.dtype) == (dy.device, dy.dtype)
+        and _why_not_device(dy.device) is None
+    )
 
 
 def edges(needed: Sequence[bool], tensors: Sequence[Any]) -> tuple[int, ...]:
@@ -383,6 +393,9 @@ class _Recorder:
 
 _recorder: _Recorder | None = None
 
+module_call: Any = torch.nn.Module._wrapped_call_impl
+"""What torch.nn.Module.__call__ is if nobody but `explain` has put something in its place."""
+
 
 def fused(*modules: torch.nn.Module) -> contextlib.AbstractContextManager[None] | None:
     """Tell `explain`, if it listens, that the next call stands for all of these modules. None if it doesn't."""
@@ -402,7 +415,7 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
 
     Not for several threads at once: it listens to the whole process while it runs.
     """
-    global _recorder
+    global _recorder, module_call
     if _recorder is not None:
         raise RuntimeError("explain can't be called within explain")
     module = target if isinstance(target, torch.nn.Module) else None
@@ -421,11 +434,14 @@ def explain(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
                 recorder.note(Decision(recorder.module, name, "torch", f"{torchs}{name} is not one of our layers"))
         return result
 
+    ordinary = module_call
+    if call is ordinary:
+        module_call = recording_call
     _recorder = recorder
     torch.nn.Module.__call__ = recording_call  # type: ignore[method-assign]
     try:
         target(*args, **kwargs)
     finally:
         torch.nn.Module.__call__ = call  # type: ignore[method-assign]
-        _recorder = None
+        _recorder, module_call = None, ordinary
     return Explanation(tuple(recorder.decisions))

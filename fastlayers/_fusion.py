@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch.nn.modules import module as _torch
 
-from ._dispatch import fused
+from . import _dispatch
 from ._state import own
-
-Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Function:
@@ -31,21 +29,25 @@ class Function:
 
     _forward_hooks = _forward_pre_hooks = _backward_hooks = _backward_pre_hooks = _compiled_call_impl = None
 
-
-class Add(Function):
-    """x + residual."""
-
-    def __init__(self, residual: Any):
-        self.residual = residual
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
+        self.function = function
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.residual
+        return self.function(x)
+
+
+class Add(Function):
+    """Of x, its sum with a residual, which `function` computes as the model would."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], residual: Any):
+        super().__init__(function)
+        self.residual = residual
 
 
 @dataclass
 class _Part:
     """Layers that run as one kernel, or as one function for autograd. Here `stages`, `members`, `norm` and `add` are their
-    places in the Sequential."""
+    places in a row."""
 
     stages: list[tuple[int, Any]] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
@@ -57,33 +59,34 @@ Group = tuple[Any, list[_Part]]
 """The class of some layers in a row, and how they are joined."""
 
 
-def plan(modules: Iterable[Any]) -> list[Step]:
-    """The steps that compute the modules in order. What follows from their classes is remembered; whether somebody watches
-    one is asked at every call: hooks come and go."""
-    modules = tuple(modules)
-    compiling = torch.compiler.is_compiling()  # Dynamo traces no cache
-    read, group = (declarations, _groups.__wrapped__) if compiling else (_remembered, _groups)
-    everyoneis_watched = _torch._has_any_global_hook()
-    normalizes: type | None = None
-    kinds: list[type] = []
-    joins: list[bool] = []
+def run(modules: Iterable[Any], input: torch.Tensor) -> torch.Tensor:
+    """What the modules compute, one after the other.
+
+    Each is looked at when its turn comes, as torch does: any but ours may have hooked, patched or replaced those after it.
+    Only what follows from classes is remembered.
+    """
+    row: list[Any] = []  # of modules that may be joined, not called yet
+    normalizes: dict[str, Any] = {}
+    everyone_is_watched = _everyone_is_watched()
     for module in modules:
-        kind = type(module)
-        declared = read(kind)
-        normalizes = declared.get("normalizes", normalizes)
-        fuses = len(declared) > 0 or (kind is normalizes and _only_applies_statistics(module))
-        fuses = fuses or (kind is Add and not torch.is_grad_enabled())
-        kinds.append(kind)
-        joins.append(fuses and not everyoneis_watched and not is_watched(module))
-    return [
-        modules[found] if isinstance(found, int) else functools.partial(_run, modules, *found)
-        for found in group(tuple(kinds), tuple(joins))
-    ]
+        declared = declarations(type(module))
+        normalizes = declared or normalizes
+        joins = (
+            declared
+            or (type(module) is normalizes.get("normalizes") and _only_applies_statistics(module, normalizes))
+            or (type(module) is Add and not torch.is_grad_enabled())
+        )
+        if joins and not everyone_is_watched and not is_watched(module):
+            row.append(module)
+            continue
+        input = module(_run(row, input))
+        row = []
+        everyone_is_watched = _everyone_is_watched()
+    return _run(row, input)
 
 
-@functools.lru_cache(maxsize=1024)
-def _groups(kinds: tuple[type, ...], joins: tuple[bool, ...]) -> list[int | Group]:
-    """The places of modules of these classes, each alone or in a group; `joins` says which may be in one."""
+def _group(kinds: tuple[type, ...]) -> list[int | Group]:
+    """The places of modules of these classes, each alone or in a group."""
     groups: list[int | Group] = []
     producer: Any = None  # the class of the run of layers being gathered
     parts: list[_Part] = []
@@ -96,11 +99,11 @@ def _groups(kinds: tuple[type, ...], joins: tuple[bool, ...]) -> list[int | Grou
             groups.extend(member for part in parts for member in part.members)
         producer, parts = None, []
 
-    for i, (kind, joined) in enumerate(zip(kinds, joins, strict=True)):
-        declared = declarations(kind) if joined else {}
+    for i, kind in enumerate(kinds):
+        declared = declarations(kind)
         record = declared.get("pointwise")
-        norm = joined and kind is getattr(producer, "normalizes", None)
-        add = joined and kind is Add and getattr(producer, "adds", False)
+        norm = kind is getattr(producer, "normalizes", None)
+        add = kind is Add and getattr(producer, "adds", False)
         open_ended = producer is not None and parts[-1].stages[-1][1] is None
         if open_ended and record is not None and record.saves == "output":
             parts[-1].stages[-1] = (parts[-1].stages[-1][0], record)
@@ -126,31 +129,61 @@ def _groups(kinds: tuple[type, ...], joins: tuple[bool, ...]) -> list[int | Grou
     return groups
 
 
+_grouped = functools.lru_cache(maxsize=1024)(_group)
+
+_declared: dict[type, dict[str, Any]] = {}
+"""Of classes that declare something. No others are kept: somebody may make a class for each module."""
+
+
 def declarations(kind: type) -> dict[str, Any]:
-    """What a class declares itself, not one that it inherits from. (In vars(kind) Dynamo doesn't trust itself to look.)"""
+    """What a class declares itself, not one that it inherits from; nothing if its `forward` was replaced since."""
+    if getattr(kind, "pointwise", None) is None and getattr(kind, "forward_fused", None) is None:
+        return {}
+    declared = _declared.get(kind)
+    if declared is None:
+        declared = _declare(kind)
+        if declared and not torch.compiler.is_compiling():
+            _declared[kind] = declared
+    return declared if not declared or declared["forward"] is getattr(kind, "forward", None) else {}
+
+
+def _declare(kind: type) -> dict[str, Any]:
+    # In vars(kind) Dynamo doesn't trust itself to look.
     names = ("pointwise", "forward_fused", "chains", "carry", "normalizes", "adds")
     found = {name: getattr(kind, name, None) for name in names}
-    return {
+    own = {
         name: value
         for name, value in found.items()
         if value is not None and not any(getattr(base, name, None) is value for base in kind.__bases__)
     }
+    if own:
+        own["forward"] = getattr(kind, "forward", None)
+    if "normalizes" in own:
+        own["normalize"] = own["normalizes"].forward
+    return own
 
 
-_remembered = functools.cache(declarations)
+def _run(row: Sequence[Any], input: torch.Tensor) -> torch.Tensor:
+    """Modules in a row, none of which is watched."""
+    if not row:
+        return input
+    group = _group if torch.compiler.is_compiling() else _grouped  # Dynamo traces no cache
+    for found in group(tuple(map(type, row))):
+        input = row[found](input) if isinstance(found, int) else _run_group(row, *found, input)
+    return input
 
 
-def _run(modules: Sequence[Any], producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor:
+def _run_group(row: Sequence[Any], producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor:
     hints: list[dict[str, Any]] = [{}] * len(parts)
     if len(parts) > 1:
-        hints = producer.carry(input, [modules[part.stages[0][0]] for part in parts])
+        hints = producer.carry(input, [row[part.stages[0][0]] for part in parts])
     for part, hint in zip(parts, hints, strict=True):
-        stages = [(modules[i], record) for i, record in part.stages]
+        stages = [(row[i], record) for i, record in part.stages]
         if part.norm is not None:
-            hint = hint | {"norm": modules[part.norm]}
+            hint = hint | {"norm": row[part.norm]}
         if part.add is not None:
-            hint = hint | {"residual": modules[part.add].residual}
-        listening = fused(*[modules[i] for i in part.members])
+            hint = hint | {"residual": row[part.add].residual, "add": row[part.add].function}
+        listening = _dispatch.fused(*[row[i] for i in part.members])
         if listening is None:
             input = producer.forward_fused(input, stages, **hint)
         else:
@@ -159,17 +192,29 @@ def _run(modules: Sequence[Any], producer: Any, parts: list[_Part], input: torch
     return input
 
 
-def _only_applies_statistics(module: Any) -> bool:
+def _only_applies_statistics(module: Any, declared: dict[str, Any]) -> bool:
     """Whether a batch normalisation only applies its running statistics now, and nobody asks for gradients through them."""
+    kind = type(module)
     return (
         not module.training
         and not torch.is_grad_enabled()
-        and own(module, "running_mean", type(module)) is not None
-        and own(module, "running_var", type(module)) is not None
+        and declared["normalize"] is kind.forward
+        and own(module, "running_mean", kind) is not None
+        and own(module, "running_var", kind) is not None
     )
 
 
-def is_watched(module: torch.nn.Module) -> bool:
+def _everyone_is_watched() -> bool:
+    """Whether somebody sees the calls of all modules: a global hook, a patch of Module.__call__ (torch.fx's, say), or
+    torch.jit, which compares what it sees at one call with the next, and with gradients with without."""
+    if _torch._has_any_global_hook():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch.nn.Module.__call__ is not _dispatch.module_call or torch._C._get_tracing_state() is not None
+
+
+def is_watched(module: Any) -> bool:
     """Whether somebody could tell that this module's __call__ wasn't called. Global hooks apart."""
     return bool(
         module._forward_hooks

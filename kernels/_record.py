@@ -34,7 +34,7 @@ def written(head: str, body: Sequence[str], constants: dict[str, Any]) -> Callab
     """The function of this source, as dataclasses write theirs: it goes straight on, where a loop over what there is to do
     takes half as long again."""
     exec(compile("\n    ".join([head, *body]), "<replay>", "exec"), constants)
-    return constants[head[len("def ") : head.index("(")]]
+    return constants.pop(head[len("def ") : head.index("(")])  # or it would hold itself
 
 
 class Take:
@@ -45,7 +45,7 @@ class Take:
 
     def __init__(self, recorder: "Recorder", script: Callable[..., Results | None]):
         self.index, self.device, self.kind = recorder.index, recorder.device, recorder.device.type
-        self.hooks = [hooks for hooks, _ in recorder.kernels.values()]
+        self.kernels = [*recorder.kernels.values()]
         self.driver = None if _launch.INTERPRETED else driver.active
         self.script = script
 
@@ -54,8 +54,11 @@ class Take:
         if _launch.INTERPRETED:
             return self.script(self._allocate, 0, tensors, addresses)
         active = driver.active
-        if active is not self.driver or any(self.hooks):
+        if active is not self.driver:
             return None
+        for kernel in self.kernels:
+            if kernel.pre_run_hooks:
+                return None
         index = self.index
         if index != active.get_current_device():
             with torch.cuda.device(index):
@@ -80,7 +83,7 @@ class Recorder(TorchDispatchMode):
         self.steps: list[tuple[list[str], set[int]]] = []  # each launch, and the tensors it is given
         self.lines: list[str] = []  # of the step that is under way
         self.constants: dict[str, Any] = {}
-        self.kernels: dict[int, tuple[Any, Any]] = {}
+        self.kernels: dict[int, Any] = {}
         self.quiet = False
         self.fits = all(t is None or t.numel() > 0 for t in tensors)
 
@@ -129,7 +132,7 @@ class Recorder(TorchDispatchMode):
                 return f"*{self._name(describing(value))}(t{i}, a{i})"
             return self._name(value)
 
-        self.kernels[id(kernel)] = kernel.pre_run_hooks, kernel
+        self.kernels[id(kernel)] = kernel
         named = [meta.get(p.name, p.default) for p in kernel.params[len(args) :]]
         arguments = ", ".join(map(argument, (*args, *named)))
         before = ", ".join(map(self._name, (function, *fixed)))

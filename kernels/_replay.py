@@ -28,7 +28,7 @@ Found = tuple[Take, Addresses, bool]
 _Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 """Without it nothing is replayed."""
 
-NOTHING = tuple([torch.empty(0) for _ in range(256)])
+NOTHING = tuple([torch.empty(0, device="cpu") for _ in range(256)])
 """Stand for None among tensors to be recognised, each in its own place: guards take neither None nor a tensor twice."""
 
 LIMIT = 4096
@@ -36,6 +36,9 @@ LIMIT = 4096
 
 ALIKE = 16
 """So many of them may agree in options and the first tensor's sizes; then the one not seen for longest is forgotten."""
+
+TURN = 8
+"""...for one in so many new ones: if a few too many took turns, none would be there when it is seen again."""
 
 _HIP = torch.version.hip is not None
 _launcher = _launch.launch
@@ -133,7 +136,7 @@ class Replayable:
         self.work = work
         self.kinds: dict[tuple[Any, ...], list[_Kind]] = {}
         """By the first tensor's sizes and the options."""
-        self.count = 0
+        self.count = self.refused = 0
 
     def find(self, tensors: Sequence[torch.Tensor], options: tuple[Any, ...]) -> Found | None:
         """What was done for such tensors (of NOTHING in the place of None, the first a plain one), if nobody would miss the
@@ -179,7 +182,7 @@ class Replayable:
             results = take.play(present, addresses)
             if results is not None:
                 return results
-            self.kinds.pop(_key(present, options), None)  # the world has changed
+            self.count -= len(self.kinds.pop(_key(present, options), ()))  # the world has changed
             return self.work(tensors, *options)
         if _Guards is None or _launch.here.listener is not None or not _ordinary():
             return self.work(tensors, *options)
@@ -199,14 +202,16 @@ class Replayable:
         # Two tensors at one address can be played but not written down: which of the two was it?
         if kind is not None and kind.take is True and len({*addresses}) == len(addresses):
             return self._record(kind, tensors, options)
-        if kind is None:
+        full = len(kinds) >= ALIKE
+        self.refused += full
+        if kind is None and not (full and self.refused % TURN):
             kind = _Kind(present)
             if kind.check(*present):  # not of one tensor twice
                 if self.count >= LIMIT:
                     self.kinds.clear()
                     self.count, kinds = 0, []
                 self.kinds[key] = [kind, *kinds[: ALIKE - 1]]
-                self.count += 1
+                self.count += not full
         return self.work(tensors, *options)
 
     def _record(self, kind: _Kind, tensors: Tensors, options: tuple[Any, ...]) -> Results:

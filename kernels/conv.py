@@ -295,13 +295,6 @@ def _as_matrix(x: torch.Tensor) -> torch.Tensor | None:
     return x.as_strided((n * h * w, c), (step, s_c))
 
 
-def _in_place_of(y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The residual, or a copy of it, with y's strides: the kernels find it where they write y."""
-    if any(n > 1 and a != b for n, a, b in zip(y.shape, y.stride(), residual.stride(), strict=True)):
-        residual = _launch.empty(y.shape, dtype=y.dtype, device=y.device, strides=y.stride()).copy_(residual)
-    return residual
-
-
 def _rows_follow(x: torch.Tensor) -> bool:
     """Whether the rows of each image follow one another at one stride."""
     return x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
@@ -343,15 +336,15 @@ def conv2d(
 ) -> torch.Tensor:
     """y = then(norm(conv(x, w) + bias) + residual), written into `y`.
 
-    Shape: x (N, C, H, W), w (O, C/groups, R, S), bias (O,), y and residual (N, O, OH, OW), all with any strides. y's size
-    says how far the convolution goes below and to the right: `padding` is what lies above and to the left only.
+    Shape: x (N, C, H, W), w (O, C/groups, R, S), bias (O,), y (N, O, OH, OW), all with any strides; residual as y, in
+        strides too. y's size says how far the convolution goes below and to the right: `padding` is what lies above and to
+        the left only.
     Dtype: float16, bfloat16, float32 or float64, the same for all; precision ("ieee" or "tf32") concerns float32.
     """
     n, _, height, width = x.shape
     o, c, r, s = w.shape
     oh, ow = y.shape[2:]
     bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else _in_place_of(y, residual)
     if conv_depthwise.takes(w, groups):
         return conv_depthwise.conv2d(
             x, w, bias, y, stride=stride, padding=padding, dilation=dilation, then=then, norm=norm, residual=residual

@@ -28,7 +28,7 @@ MAY = {
     "fastlayers/functional": ({"ops"}, False),
     "fastlayers/_state": (set(), False),
     "fastlayers/_fusion": ({"_dispatch", "_state"}, False),
-    "fastlayers/_fuse": ({"_fusion", "functional", "modules", "ops"}, False),
+    "fastlayers/_fuse": ({"_fusion", "functional", "ops"}, False),
     "fastlayers/modules": ({"functional", "_fusion", "_state", "ops", "modules"}, False),
     "fastlayers/nn": ({"functional", "modules"}, False),
     "fastlayers/_convert": ({"modules", "_table"}, False),

@@ -11,16 +11,14 @@ class Sequential(nn.Sequential):
     run as one kernel, and consecutive Linear layers as one function for autograd, wherever nobody could tell.
 
     A neighbour keeps to itself if it has a hook (its own or a global one), is a subclass of our class, or has a
-    `forward` of its own: a hook must see the value in between. That is looked up at every call. Sums and products
-    are Sequentials of ours too.
+    `forward` of its own: a hook must see the value in between. That is looked up at every call, when its turn comes.
+    Sums and products are Sequentials of ours too.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Sequential.html
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        for step in _fusion.plan(self):
-            input = step(input)
-        return input
+        return _fusion.run(self, input)
 
     # torch's own build a torch.nn.Sequential, whose forward fuses nothing.
     def __add__(self, other: nn.Sequential) -> "Sequential":

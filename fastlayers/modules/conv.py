@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,14 @@ class Conv2d(nn.Conv2d):
         *,
         norm: nn.BatchNorm2d | None = None,
         residual: torch.Tensor | None = None,
+        add: Callable[[torch.Tensor], torch.Tensor] | None = None,
         channels_last: bool | None = None,
     ) -> torch.Tensor:
         """A layer, the batch normalisation that follows it in eval, an addition, and an activation, in one kernel."""
         ((layer, then),) = stages
         statistics = None
+        if norm is not None and input.dim() != 4:
+            return norm(layer(input))  # which torch's normalisation objects to
         if norm is not None:
             names = ("running_mean", "running_var", "weight", "bias")
             statistics = (
@@ -56,11 +59,15 @@ class Conv2d(nn.Conv2d):
                 norm.eps,
             )  # not None: the plan has seen to it
         arguments = layer._arguments(input, own(layer, "weight", Conv2d), own(layer, "bias", Conv2d))
-        return F.conv2d_then(*arguments, then=then, norm=statistics, residual=residual, channels_last=channels_last)
+        return F.conv2d_then(
+            *arguments, then=then, norm=statistics, residual=residual, add=add, channels_last=channels_last
+        )
 
     @staticmethod
     def carry(input: torch.Tensor, layers: Sequence[Conv2d]) -> list[dict[str, Any]]:
         """channels_last between the layers, and torch's memory format at the end: an image in NCHW is converted once."""
+        if any(layer.padding_mode != "zeros" for layer in layers):  # padding has a memory format of its own
+            return [{}] * len(layers)
         formats = F.conv2d_formats(input, [own(layer, "weight", Conv2d) for layer in layers])
         return [{"channels_last": format} for format in formats]
 

@@ -4,7 +4,7 @@ dz = f'(y) dy, dx and dw by the transposed and the correlated convolution, db = 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -88,21 +88,33 @@ def _is_channels_last(x: torch.Tensor) -> bool:
     return True
 
 
-def _empty(shape: Sequence[int], like: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """An uninitialised image or batch of images, in its final shape and strides: a Function mustn't return a view."""
+def _strides(shape: Sequence[int], channels_last: bool) -> Sequence[int]:
+    """Of an image or batch of images."""
     *_, c, h, w = shape
     strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
-    return _launch.empty(shape, dtype=like.dtype, device=like.device, strides=strides[-len(shape) :])
+    return strides[-len(shape) :]
 
 
-def _output(x: torch.Tensor, w: torch.Tensor, g: _Geometry, channels_last: bool | None) -> torch.Tensor:
-    """The uninitialised result, in torch's choice of memory format unless one is given."""
+def _empty(shape: Sequence[int], like: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """An uninitialised image or batch of images, in its final shape and strides: a Function mustn't return a view."""
+    strides = _strides(shape, channels_last)
+    return _launch.empty(shape, dtype=like.dtype, device=like.device, strides=strides)
+
+
+def _format(x: torch.Tensor, w: torch.Tensor, g: _Geometry, channels_last: bool | None) -> tuple[Sequence[int], bool]:
+    """The result's shape, and whether it is in channels_last: torch's choice unless one is given."""
     size = g.output_size(x.shape[-2:], w.shape[2:])
     if channels_last is None:
         channels_last = x.numel() > 0 and (_is_channels_last(_images(x)) or _is_channels_last(w))
         if x.device.type == "cuda" and x.dtype == torch.float64:
             channels_last = False  # cuDNN has no NHWC for float64, so torch's result is NCHW
-    return _empty((*x.shape[:-3], w.shape[0], *size), x, channels_last)
+    return (*x.shape[:-3], w.shape[0], *size), channels_last
+
+
+def _output(x: torch.Tensor, w: torch.Tensor, g: _Geometry, channels_last: bool | None) -> torch.Tensor:
+    """The uninitialised result."""
+    shape, channels_last = _format(x, w, g, channels_last)
+    return _empty(shape, x, channels_last)
 
 
 @replayable
@@ -256,6 +268,7 @@ def _why_not(
     then: Pointwise | None = None,
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
+    add: Callable[[torch.Tensor], torch.Tensor] | None = None,
     channels_last: bool | None = None,
 ) -> str | None:
     reason = _dispatch.why_not(input, weight, *(() if bias is None else (bias,)), autocast=_probe)
@@ -310,13 +323,14 @@ def _twin(
     then: Pointwise | None = None,
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
+    add: Callable[[torch.Tensor], torch.Tensor] | None = None,
     channels_last: bool | None = None,
 ) -> torch.Tensor:
     y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
     if norm is not None:
         y = F.batch_norm(y, *norm[:4], training=False, eps=norm[4])
     if residual is not None:
-        y = y + residual
+        y = y + residual if add is None else add(y)
     if then is not None:
         y = then.torch(y)
     # The layer before may have left its result in channels_last, where torch's would have been NCHW.
@@ -334,13 +348,15 @@ def _conv2d(
     then: Pointwise | None,
     norm: Norm | None,
     residual: torch.Tensor | None,
+    add: Callable[[torch.Tensor], torch.Tensor] | None,
     channels_last: bool | None,
 ) -> torch.Tensor:
     geometry = _geometry(weight.shape[2:], stride, padding, dilation, groups)
     x, w, b = _dtypes.autocast(_probe, input, weight, bias)
     assert geometry is not None and x is not None and w is not None  # _why_not has seen to it
-    if residual is not None and not _fits(residual, x, w, b, geometry):
-        y = _conv2d(x, w, b, stride, padding, dilation, groups, None, norm, None, channels_last) + residual
+    if residual is not None and not _fits(residual, x, w, b, geometry, channels_last):
+        y = _conv2d(x, w, b, stride, padding, dilation, groups, None, norm, None, None, channels_last)
+        y = y + residual if add is None else add(y)
         return y if then is None else then.torch(y)
     grad = _dispatch.wants_grad(x, w, b)
     if torch.compiler.is_compiling():
@@ -353,15 +369,26 @@ def _conv2d(
     return _forward((x, w, b, residual, *statistics), then, geometry, channels_last, eps, _precision(x.dtype))[0]
 
 
-def _fits(residual: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, g: _Geometry) -> bool:
-    """Whether it can be added in the epilogue of this convolution, whose backward knows nothing of it."""
-    return (
-        isinstance(residual, torch.Tensor)
-        and _dispatch.why_not(residual) is None
-        and not _dispatch.wants_grad(x, w, b, residual)
-        and (residual.device, residual.dtype) == (x.device, x.dtype)
-        and residual.shape == (*x.shape[:-3], w.shape[0], *g.output_size(x.shape[-2:], w.shape[2:]))
-    )
+def _fits(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    g: _Geometry,
+    channels_last: bool | None,
+) -> bool:
+    """Whether it can be added in the epilogue of this convolution. It must lie as the result does, else the sum's memory
+    format might be another, and no gradient be asked for: the backward knows nothing of it."""
+    if (
+        not isinstance(residual, torch.Tensor)
+        or _dispatch.why_not(residual) is not None
+        or _dispatch.wants_grad(x, w, b, residual)
+        or (residual.device, residual.dtype) != (x.device, x.dtype)
+    ):
+        return False
+    shape, channels_last = _format(x, w, g, channels_last)
+    strides = zip(shape, residual.stride(), _strides(shape, channels_last), strict=True)
+    return residual.shape == shape and all(a == b for n, a, b in strides if n > 1)
 
 
 def _split(norm: Norm | None) -> tuple[Tensors, float | None]:
@@ -390,6 +417,7 @@ def _again(
     then: Pointwise | None = None,
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
+    add: Callable[[torch.Tensor], torch.Tensor] | None = None,
     channels_last: bool | None = None,
 ) -> torch.Tensor | None:
     if not is_plain(input) or not is_plain(weight) or weight.dim() != 4:
@@ -451,7 +479,7 @@ def conv2d(
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html; implicit matrix product:
         Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759.
     """
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, None, None, None, None)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, None, None, None, None, None)
 
 
 @accelerated(twin=_twin, why_not=_why_not, again=_again, traceable=True)
@@ -466,6 +494,7 @@ def conv2d_then(
     then: Pointwise | None = None,
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
+    add: Callable[[torch.Tensor], torch.Tensor] | None = None,
     channels_last: bool | None = None,
 ) -> torch.Tensor:
     """A convolution and what follows it, in one kernel. Everything else as `conv2d`.
@@ -473,11 +502,12 @@ def conv2d_then(
     Args:
         then: the activation at the end.
         norm: a batch normalisation in eval that comes first; only where no gradients are recorded.
-        residual: what is added before the activation; in the kernel if it is of the result's shape and dtype and no
+        residual: what is added before the activation; in the kernel if it has the result's shape, strides and dtype and no
             gradients are recorded.
+        add: otherwise, what adds it to a result; y + residual by default.
         channels_last: the result's memory format, where it isn't torch's choice: see `conv2d_formats`.
     """
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, then, norm, residual, channels_last)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, then, norm, residual, add, channels_last)
 
 
 def conv2d_formats(input: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[bool | None]:

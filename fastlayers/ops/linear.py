@@ -319,7 +319,11 @@ def _again(tensors: Tensors, present: Sequence[torch.Tensor], thens: Thens) -> t
             return None
         tensors = _dtypes.autocast(_probe, *tensors)
         present = something(tensors)
-    found = _forward.find(present, (thens, _precision(present[0].dtype), keep))
+    precision = _precision(present[0].dtype)
+    found = _forward.find(present, (thens, precision, keep))
+    if found is None and keep:  # nothing may require grad
+        found = _forward.find(present, (thens, precision, False))
+        found = None if found is None or found[2] else found
     if found is None:
         return None
     if found[2] and torch.is_grad_enabled():
