@@ -307,10 +307,9 @@ def accelerated(
                     return body(*args, **kwargs)
                 with _recorder.kernels(name):
                     return body(*args, **kwargs)
-            if isinstance(reason, BadInput):
-                for argument in (*args, *kwargs.values()):
-                    if hasattr(type(argument), "_fastlayers_note"):  # what `fuse` traces with
-                        return argument._fastlayers_note(door, args, kwargs)  # type: ignore[attr-defined]
+            for argument in (*args, *kwargs.values()):
+                if hasattr(type(argument), "_fastlayers_note"):  # what `fuse` traces with
+                    return argument._fastlayers_note(door, args, kwargs)  # type: ignore[attr-defined]
             if _recorder is not None:
                 _recorder.note(Decision(_recorder.module, name, "torch", reason))
             if _policy == "triton" and not isinstance(reason, BadInput):

@@ -175,7 +175,7 @@ def _run(row: Sequence[Any], input: torch.Tensor) -> torch.Tensor:
 
 def _run_group(row: Sequence[Any], producer: Any, parts: list[_Part], input: torch.Tensor) -> torch.Tensor:
     hints: list[dict[str, Any]] = [{}] * len(parts)
-    if len(parts) > 1:
+    if len(parts) > 1 and not any(part.add is not None for part in parts[:-1]):  # a sum may be in the residual's format
         hints = producer.carry(input, [row[part.stages[0][0]] for part in parts])
     for part, hint in zip(parts, hints, strict=True):
         stages = [(row[i], record) for i, record in part.stages]

@@ -19,7 +19,7 @@ from fastlayers import nn
 from fastlayers.kernels import _record
 from fastlayers.testing import assert_within_budget, neighbours
 
-pytestmark = pytest.mark.usefixtures("small_tiles")
+pytestmark = [pytest.mark.usefixtures("small_tiles"), pytest.mark.filterwarnings("ignore:fuse found nothing")]
 
 
 @pytest.fixture(autouse=True)
