@@ -584,6 +584,30 @@ def test_batch_norm_keeps_to_itself_where_it_would_show(device: torch.device) ->
             ours(x)
 
 
+def test_batch_norm_of_one_image_is_torchs_error(device: torch.device) -> None:
+    for model in pair(block, device):
+        with torch.no_grad(), fastlayers.policy("auto"), pytest.raises(ValueError, match="expected 4D input"):
+            model.eval()(r(2, 4, 5, device=device))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_batch_norm_traced_with_gradients(device: torch.device) -> None:
+    """torch.jit checks its trace without gradients, where eager calls would fuse."""
+    ours, theirs = (model.eval() for model in pair(block, device))
+    x = r(2, 2, 4, 5, device=device)
+    with fastlayers.policy("auto"):
+        torch.testing.assert_close(torch.jit.trace(ours, (x,))(x), theirs(x))
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_padding_has_a_memory_format_of_its_own(mode: str, device: torch.device) -> None:
+    x = last(2, 2, 4, 5).to(device)
+    ours, theirs = pair(
+        lambda s: s.Sequential(s.Conv2d(2, 3, 3, padding=1, padding_mode=mode), s.ReLU(), s.Conv2d(3, 2, 1)), device
+    )
+    torch.testing.assert_close(ours(x), theirs(x), check_stride=True)
+
+
 def three(space: Any) -> torch.nn.Module:
     return space.Sequential(
         space.Conv2d(2, 3, 3, padding=1), space.ReLU(), space.Conv2d(3, 5, 2), space.Conv2d(5, 4, 1), space.ReLU()

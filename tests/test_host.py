@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -544,6 +546,57 @@ def test_forgets_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch, dev
         for _ in range(3):
             assert torch.equal(replayable((x,))[0], x.relu())
         assert len(replayable.kinds) <= 5
+
+
+def test_more_kinds_than_are_remembered_take_turns(device: torch.device, plays: list[None]) -> None:
+    """A few too many must not drive out each other; and what was driven out is not counted."""
+    replayable = _replay.Replayable(lambda ts: (kernels.pointwise(ts[1], "relu"),))
+    first = torch.randn(3, device=device)
+    others = [torch.randn(n, device=device) for n in range(1, _replay.ALIKE + 4)]
+    for _ in range(10):
+        plays.clear()
+        for other in others:
+            assert torch.equal(replayable((first, other))[0], other.relu())
+    assert len(plays) > _replay.ALIKE / 2
+    assert replayable.count == sum(map(len, replayable.kinds.values())) == _replay.ALIKE
+
+
+def test_forgotten_scripts_are_gone(device: torch.device) -> None:
+    replayable = _replay.Replayable(lambda ts: (kernels.pointwise(ts[0], "relu"),))
+    x = torch.randn(3, device=device)
+    for _ in range(3):
+        replayable((x,))
+    (((kind,),)) = replayable.kinds.values()
+    script = weakref.ref(kind.take.script)  # type: ignore[union-attr]
+    gc.disable()
+    try:
+        del kind
+        replayable.kinds.clear()
+        assert script() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_hooks_make_of_saved_tensors(name: str, plays: list[None], device: torch.device) -> None:
+    """Backward passes are of what comes out, whatever was replayed before."""
+    fastlayers.policy("auto")
+    layer, twin, shapes = LAYERS[name]
+    tensors = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    dy = torch.randn_like(twin(*tensors))
+    for _ in range(3):
+        torch.autograd.grad(layer(*tensors), tensors, dy)
+    for unpack in (lambda t: t * 2, lambda t: t.as_subclass(_Logged), lambda t: t.to("meta")):
+        results = []
+        for function in (layer, twin):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
+                y = function(*tensors)
+            try:
+                results.append([g.as_subclass(torch.Tensor) for g in torch.autograd.grad(y, tensors, dy)])
+            except (RuntimeError, NotImplementedError):
+                results.append([])
+        if all(g.device == device for g in results[1]):  # torch itself reads a meta tensor's memory
+            torch.testing.assert_close(*results)
 
 
 def test_recording_is_the_threads_own_affair(device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -198,6 +200,60 @@ def test_patched_instances_are_not_fused(device: torch.device) -> None:
     layer = nn.Conv2d(1, 1, 1).to(device)
     layer._conv_forward = lambda input, weight, bias: input * 0 + 7
     assert nn.Sequential(layer, nn.ReLU())(torch.randn(1, 1, 2, 2, device=device)).unique().tolist() == [7]
+
+
+def test_what_an_earlier_module_does_to_a_later_one(device: torch.device) -> None:
+    """Each is looked at when its turn comes."""
+
+    class Meddler(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.meddle()  # type: ignore[operator]
+            return x
+
+    seen: list[object] = []
+    x = torch.randn(3, 4, device=device)
+    for space in (nn, torch.nn):
+        meddler = Meddler()
+        model = space.Sequential(meddler, space.Linear(4, 4), space.ReLU()).to(device)
+        model[1].requires_grad_(False).weight.copy_(torch.eye(4))
+        model[1].bias.zero_()
+        for meddle, expected in (
+            (lambda m=model: m[1].register_forward_hook(lambda *_: seen.append(_)), x.relu()),
+            (lambda m=model: setattr(m[1], "forward", lambda x: x - 1), (x - 1).relu()),
+            (lambda m=model: m.__setitem__(2, torch.nn.Tanh()), (x - 1).tanh()),
+        ):
+            meddler.meddle = meddle
+            with fastlayers.policy("auto"):
+                torch.testing.assert_close(model(x), expected)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.ReLU, torch.nn.Module])
+def test_patched_classes_are_not_fused(
+    kind: type, mlp: nn.Sequential, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, calls = "__call__" if kind is torch.nn.Module else "forward", []
+    method = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, *args: (calls.append(type(self)), method(self, *args))[1])
+    mlp(x)
+    assert len(calls) == {nn.Linear: 3, nn.ReLU: 2, torch.nn.Module: 6}[kind]
+
+
+def test_classes_are_not_kept(device: torch.device) -> None:
+    def one() -> weakref.ref[type]:
+        class Local(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x
+
+        class Mine(nn.Linear):
+            pass
+
+        nn.Sequential(Local(), Mine(2, 2), nn.ReLU()).to(device)(torch.randn(1, 2, device=device))
+        return weakref.ref(Mine)
+
+    kept = [one() for _ in range(3)]
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
 
 
 def test_subclass_of_sequential(device: torch.device) -> None:
