@@ -586,17 +586,13 @@ def test_what_hooks_make_of_saved_tensors(name: str, plays: list[None], device: 
     dy = torch.randn_like(twin(*tensors))
     for _ in range(3):
         torch.autograd.grad(layer(*tensors), tensors, dy)
-    for unpack in (lambda t: t * 2, lambda t: t.as_subclass(_Logged), lambda t: t.to("meta")):
+    for unpack in (lambda t: t * 2, lambda t: t.as_subclass(_Logged)):
         results = []
         for function in (layer, twin):
             with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
                 y = function(*tensors)
-            try:
-                results.append([g.as_subclass(torch.Tensor) for g in torch.autograd.grad(y, tensors, dy)])
-            except (RuntimeError, NotImplementedError):
-                results.append([])
-        if all(g.device == device for g in results[1]):  # torch itself reads a meta tensor's memory
-            torch.testing.assert_close(*results)
+            results.append([g.as_subclass(torch.Tensor) for g in torch.autograd.grad(y, tensors, dy)])
+        torch.testing.assert_close(*results)
 
 
 def test_recording_is_the_threads_own_affair(device: torch.device) -> None:
