@@ -201,9 +201,7 @@ def cases() -> list[Case]:
     )
     block, fused = (networks.bottleneck(space, 16, 4, 1).eval() for space in (torch.nn, nn))
     fused, image = fastlayers.fuse(fused), r(1, 16, 2, 2)
-    found.append(
-        Case("ResNet block in eval, fused", _no_grad(lambda: block(image)), _no_grad(lambda: fused(image)), 1.0)
-    )
+    found.append(Case("ResNet block in eval, fused", _no_grad(lambda: block(image)), _no_grad(lambda: fused(image))))
     steps = [_backward(lambda m=m, v=v: m(v), list(m.parameters())) for m, v in ((theirs, x), (ours, y))]
     found.append(Case("tutorial MLP forward + backward", steps[0], steps[1], 1.0))
     plain = r(8, 16), r(16, 16), r(16)

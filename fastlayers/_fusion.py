@@ -137,14 +137,16 @@ _declared: dict[type, dict[str, Any]] = {}
 
 def declarations(kind: type) -> dict[str, Any]:
     """What a class declares itself, not one that it inherits from; nothing if its `forward` was replaced since."""
-    if getattr(kind, "pointwise", None) is None and getattr(kind, "forward_fused", None) is None:
-        return {}
     declared = _declared.get(kind)
     if declared is None:
+        if getattr(kind, "pointwise", None) is None and getattr(kind, "forward_fused", None) is None:
+            return {}
         declared = _declare(kind)
-        if declared and not torch.compiler.is_compiling():
+        if not declared:
+            return {}
+        if not torch.compiler.is_compiling():
             _declared[kind] = declared
-    return declared if not declared or declared["forward"] is getattr(kind, "forward", None) else {}
+    return declared if declared["forward"] is getattr(kind, "forward", None) else {}
 
 
 def _declare(kind: type) -> dict[str, Any]:
