@@ -38,15 +38,16 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     state_dict is the same. Not shared are the hooks, attributes and methods of the model itself.
 
     The forward of the model, and of modules that contain others, runs once, now, with numbers and flags (`training`,
-    `inplace`) as they are; of such a module, hooks of later don't see a call. Modules without others in them, and those that
-    have a hook now, are called as ever. Arguments that are None, a bool or a word by default will be that.
+    `inplace`) as they are; hooks that such a module is given later don't see its calls. Modules without others in them, and
+    those that have a hook now, are called as ever. Arguments that are None, a bool or a word by default will be that.
 
     Shape, Dtype: any that the model takes.
     Raises:
         torch.fx.proxy.TraceError: forward depends on data, assigns to an attribute, or switches grad mode or autocast. Fuse
             the modules within that don't.
-        TypeError: no module. ValueError: one whose forward was replaced on the instance. From a call of the result:
-            ValueError for an argument that differs from the default it was fused for.
+        TypeError: no module.
+        ValueError: one whose forward was replaced on the instance. From a call of the result: an argument differs from the
+            default that it was fused for.
     Source: https://docs.pytorch.org/docs/stable/fx.html
     """
     if not isinstance(model, nn.Module):

@@ -66,14 +66,14 @@ def run(modules: Iterable[Any], input: torch.Tensor) -> torch.Tensor:
     Only what follows from classes is remembered.
     """
     row: list[Any] = []  # of modules that may be joined, not called yet
-    normalizes: dict[str, Any] = {}
+    last: dict[str, Any] = {}  # what was declared last
     everyone_is_watched = _everyone_is_watched()
     for module in modules:
         declared = declarations(type(module))
-        normalizes = declared or normalizes
+        last = declared or last
         joins = (
             declared
-            or (type(module) is normalizes.get("normalizes") and _only_applies_statistics(module, normalizes))
+            or (type(module) is last.get("normalizes") and _only_applies_statistics(module, last))
             or (type(module) is Add and not torch.is_grad_enabled())
         )
         if joins and not everyone_is_watched and not is_watched(module):

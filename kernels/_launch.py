@@ -81,7 +81,10 @@ def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
     dtype = dtype or tensor.dtype
     if tensor.is_contiguous():
         return empty(tensor.shape, dtype=dtype, device=tensor.device)
-    strides = torch.empty_like(tensor, device="meta").stride()
+    # Strides of dimensions of size 1 are torch's own where it recognises a format, and the tensor's elsewhere.
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    format = torch.channels_last if last else torch.preserve_format
+    strides = torch.empty_like(tensor, device="meta", memory_format=format).stride()
     return empty(tensor.shape, dtype=dtype, device=tensor.device, strides=strides)
 
 

@@ -425,21 +425,21 @@ def test_programs(program: Any, x: torch.Tensor) -> None:
 
 
 class Random(torch.nn.Module):
-    """A forward drawn by lot: layers, sums and writes, in any order and on anything."""
+    """A forward drawn by lot: layers, sums and writes, in any order and on anything, most of them on the last result."""
 
     def __init__(self, seed: int):
         super().__init__()
         draw = random.Random(seed)
-        self.layers = torch.nn.ModuleList(
-            draw.choice([
-                lambda: torch.nn.Conv2d(2, 2, 3, padding=1), lambda: torch.nn.Conv2d(2, 2, 1, bias=False),
-                lambda: torch.nn.BatchNorm2d(2), torch.nn.ReLU, lambda: torch.nn.ReLU(inplace=True),
-            ])() for _ in range(6)
-        )  # fmt: skip
+        self.layers = torch.nn.ModuleList([
+            torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.Conv2d(2, 2, 1, bias=False), torch.nn.BatchNorm2d(2),
+            torch.nn.BatchNorm2d(2), torch.nn.ReLU(), torch.nn.ReLU(inplace=True),
+        ])  # fmt: skip
         self.program = []
         for i in range(14):
-            last = i if draw.random() < 0.7 else draw.randrange(i + 1)
-            self.program.append((draw.choice("LLLLLL++=*rsv"), last, draw.randrange(i + 1), draw.randrange(6)))
+            first = i if draw.random() < 0.85 else draw.randrange(i + 1)
+            what = draw.choice("LLLLLLLL++=*rsv")
+            self.program.append((what, first, draw.randrange(i + 1), draw.randrange(len(self.layers))))
+        self.kept = draw.randrange(len(self.program))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         values = [x.clone()]
@@ -460,7 +460,7 @@ class Random(torch.nn.Module):
             else:
                 a = a.view(a.shape)
             values.append(a)
-        return torch.stack([values[-1], sum(values[1:], values[0])])
+        return torch.stack([values[-1], values[self.kept], values[0]])
 
 
 @pytest.mark.parametrize("turn", range(25))
@@ -471,7 +471,7 @@ def test_forwards_drawn_by_lot(turn: int, device: torch.device) -> None:
     fused = fastlayers.fuse(ours)
     x = torch.randn(1, 2, 3, 4, device=device)
     with torch.no_grad():
-        torch.testing.assert_close(fused.double()(x.double()), theirs.double()(x.double()))
+        torch.testing.assert_close(fused.double()(x.double()), theirs.double()(x.double()), check_stride=True)
 
 
 def depends_on_data(m: Any, x: torch.Tensor) -> Any:

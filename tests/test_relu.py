@@ -122,3 +122,14 @@ def test_other_dtypes_are_torchs(device: torch.device) -> None:
         FL.relu(x)
     with fastlayers.policy("auto"):
         assert torch.equal(FL.relu(x), F.relu(x))
+
+
+def test_strides_are_torchs(device: torch.device) -> None:
+    """Of dimensions of size 1 as well, which torch chooses anew where it recognises a memory format."""
+    last = torch.channels_last
+    for shape in ((1, 2, 3, 4), (2, 1, 3, 4), (2, 3, 1, 1), (1, 1, 1, 1), (1, 5, 1, 4)):
+        x = torch.randn(shape, device=device).contiguous(memory_format=last)
+        views = [x, torch.stack([x, x])[0], x.mT, x.transpose(0, 1), x[..., :1], x.unsqueeze(0), x.expand(2, *shape)]
+        for view in (*views, x.as_strided(x.shape, (7, *x.stride()[1:])) if shape[0] == 1 else x):
+            for _ in range(3):
+                assert FL.relu(view).stride() == F.relu(view).stride()
