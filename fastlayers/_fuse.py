@@ -19,6 +19,8 @@ from . import _fusion, functional
 from .ops.pointwise import RECORDS
 
 _ADD = (operator.add, torch.add, "add")
+_KNOWN = ("torch", "fastlayers", "builtins", "math", "_operator")
+"""Packages whose functions write into what they are given only if their names or arguments say so."""
 
 
 def fuse(model: nn.Module) -> fx.GraphModule:
@@ -308,13 +310,7 @@ class _Fuser:
         if node.op == "call_method":
             return str(node.target).endswith("_")
         if node.op == "call_function":
-            known = node.target is not inplace and _home(node) in (
-                "torch",
-                "builtins",
-                "math",
-                "fastlayers",
-                "_operator",
-            )
+            known = node.target is not inplace and _home(node) in _KNOWN
             name = getattr(node.target, "__name__", "_")
             return not known or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
         return False
