@@ -29,6 +29,7 @@ class _Residual(torch.nn.Module):
 
 
 def bottleneck(nn: Any, c: int, width: int, stride: int) -> torch.nn.Module:
+    """ResNet-50's block, from c to 4 * width channels."""
     body = nn.Sequential(
         nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
         nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
@@ -102,20 +103,18 @@ def evaluated(make: Make) -> Make:
     return make_evaluated
 
 
-def _conv(c: int, size: int) -> Make:
-    return lambda nn: nn.Sequential(
-        nn.Conv2d(c, c, size, padding=size // 2, bias=False), nn.BatchNorm2d(c), nn.ReLU()
-    )  # fmt: skip
+def _conv(c: int) -> Make:
+    return lambda nn: nn.Sequential(nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
 
 
 INFERENCE = {
     name: (evaluated(make), shape)
     for name, (make, shape) in {
         "ResNet-50-like, batch 64": (resnet, (64, 3, 224, 224)),
-        "Conv+BN+ReLU 3x3 256 @14, batch 32": (_conv(256, 3), (32, 256, 14, 14)),
+        "Conv+BN+ReLU 3x3 256 @14, batch 32": (_conv(256), (32, 256, 14, 14)),
         "Bottleneck 256 @56, batch 32": (lambda nn: bottleneck(nn, 256, 64, 1), (32, 256, 56, 56)),
         "ResNet-50-like, batch 1": (resnet, (1, 3, 224, 224)),
-        "Conv+BN+ReLU 3x3 64 @56, batch 32": (_conv(64, 3), (32, 64, 56, 56)),
+        "Conv+BN+ReLU 3x3 64 @56, batch 32": (_conv(64), (32, 64, 56, 56)),
     }.items()
 }
 """The same in eval."""

@@ -97,12 +97,11 @@ def workloads() -> list[Workload]:
                 for direction in ("forward", "backward", "both"):
                     rank = i + _MODE_RANK[mode] + _PASS_RANK[direction]
                     found.append(Workload(spec.name, name, variant.make, variant.shape, mode, direction, rank))
-    for i, (name, (make, shape)) in enumerate(TRAINING.items()):
-        for mode in MODES:
-            found.append(Workload("training", name, make, shape, mode, "step", i + _MODE_RANK[mode]))
-    for i, (name, (make, shape)) in enumerate(INFERENCE.items()):
-        for mode in MODES:
-            found.append(Workload("inference", name, make, shape, mode, "forward", i + _MODE_RANK[mode]))
+    whole: list[tuple[str, Pass, Any]] = [("training", "step", TRAINING), ("inference", "forward", INFERENCE)]
+    for family, direction, networks in whole:
+        for i, (name, (make, shape)) in enumerate(networks.items()):
+            for mode in MODES:
+                found.append(Workload(family, name, make, shape, mode, direction, i + _MODE_RANK[mode]))
     return sorted(found, key=lambda workload: workload.rank)
 
 

@@ -6,7 +6,7 @@ errors. `why_not(...) -> str | None` is the one word for capability everywhere.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
-# _launch is bound wherever MISSING is None, and only looked at there.
+# _launch and is_plain are bound wherever MISSING is None, and only looked at there.
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ MISSING: str | None = None
 try:
     from .kernels import _launch
     from .kernels._replay import Replayable as replayable
+    from .kernels._replay import is_plain
 except ImportError as _error:
     MISSING = "triton is not installed" if (_error.name or "").split(".")[0] == "triton" else f"no kernels: {_error}"
 
@@ -97,10 +98,13 @@ def why_not(*tensors: Any, autocast: _dtypes.Probe | None = None) -> str | None:
     """
     if _policy == "torch":
         return 'policy is "torch"'
-    if MISSING is not None:
-        return MISSING
+    return MISSING if MISSING is not None else _why_not_tensors(tensors, autocast)
+
+
+def _why_not_tensors(tensors: Sequence[Any], autocast: _dtypes.Probe | None = None) -> str | None:
+    """The same of the tensors, and of who watches, alone."""
     for tensor in tensors:
-        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        if not is_plain(tensor):
             if isinstance(tensor, torch.Tensor):
                 return f"{type(tensor).__name__} is a tensor subclass"
             return BadInput(f"{type(tensor).__name__} is not a tensor")
@@ -207,25 +211,12 @@ def backward(work: Any, tensors: Sequence[torch.Tensor | None], options: tuple[A
     results = work.again(tensors, options)
     if results is not None:
         return results
-    if _observed() is not None or torch._C._functorch.is_legacy_batchedtensor(dy):  # pyright: ignore[reportAttributeAccessIssue]
+    if torch._C._functorch.is_legacy_batchedtensor(dy):  # pyright: ignore[reportAttributeAccessIssue]
         return None
-    for tensor in tensors:
-        if tensor is not None and not (_is_like(tensor, dy) and not _has_no_memory_of_its_own(tensor)):
-            return None
+    # Hooks (torch.autograd.graph.saved_tensors_hooks) may have made anything of what was saved.
+    if _why_not_tensors([tensor for tensor in tensors if tensor is not None]) is not None:
+        return None
     return work(tensors, *options)
-
-
-def _is_like(tensor: torch.Tensor, dy: torch.Tensor) -> bool:
-    """Whether a kernel can take it together with dy: hooks (torch.autograd.graph.saved_tensors_hooks) may have made anything
-    of what was saved."""
-    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
-    return (
-        plain
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and (tensor.device, tensor.dtype) == (dy.device, dy.dtype)
-        and _why_not_device(dy.device) is None
-    )
 
 
 def edges(needed: Sequence[bool], tensors: Sequence[Any]) -> tuple[int, ...]:

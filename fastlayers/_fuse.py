@@ -203,23 +203,24 @@ class _Fused(fx.GraphModule):
     """A GraphModule whose copies keep apart which buffers are persistent."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = super().__deepcopy__(memo)
-        copied._non_persistent_buffers_set = self._not_saved(copied)
-        return copied
+        return _persisting(super().__deepcopy__(memo), self._persistent())
 
     def __reduce__(self) -> Any:
-        return _unpickled, (super().__reduce__(), {*self._buffers} - self._non_persistent_buffers_set)
+        return _unpickled, (super().__reduce__(), self._persistent())
 
-    def _not_saved(self, copied: fx.GraphModule) -> set[str]:
-        """Constants of the graph are buffers in copies."""
-        return copied._buffers.keys() - ({*self._buffers} - self._non_persistent_buffers_set)
+    def _persistent(self) -> set[str]:
+        return self._buffers.keys() - self._non_persistent_buffers_set
 
 
-def _unpickled(reduced: Any, persistent: set[str]) -> fx.GraphModule:
+def _persisting(copied: Any, persistent: set[str]) -> Any:
+    """A copy, in which constants of the graph are buffers too."""
+    copied._non_persistent_buffers_set = copied._buffers.keys() - persistent
+    return copied
+
+
+def _unpickled(reduced: Any, persistent: set[str]) -> Any:
     rebuild, arguments = reduced
-    module = rebuild(*arguments)
-    module._non_persistent_buffers_set = module._buffers.keys() - persistent
-    return module
+    return _persisting(rebuild(*arguments), persistent)
 
 
 class _Fuser:
@@ -260,14 +261,14 @@ class _Fuser:
         found, words, residual, producer = [first], [""], None, type(self._module(first))
         while len(found[-1].users) == 1:
             last, (node,) = found[-1], found[-1].users
-            word = ""
+            word, other = "", None
             if node.op == "call_module":
                 declared, kind = self._declared(node), type(self._module(node))
                 if not (declared or kind is getattr(producer, "normalizes", None)):
                     break
                 producer = kind if "forward_fused" in declared else producer
             elif residual is None and getattr(producer, "adds", False) and (added := _added(node, last)):
-                word, residual = added
+                word, other = added
             else:
                 word = _activation_of(node)
                 if not word:
@@ -278,8 +279,7 @@ class _Fuser:
                 break
             found.append(node)
             words.append(word)
-        if residual is not None and not {"add", "radd", "iadd"} & {*words}:
-            residual = None  # what adds it did not join
+            residual = residual if other is None else other
         return found, words, residual
 
     def _replace(self, found: list[fx.Node], words: list[str], residual: Any) -> None:

@@ -153,16 +153,16 @@ def _declare(kind: type) -> dict[str, Any]:
     # In vars(kind) Dynamo doesn't trust itself to look.
     names = ("pointwise", "forward_fused", "chains", "carry", "normalizes", "adds")
     found = {name: getattr(kind, name, None) for name in names}
-    own = {
+    declared = {
         name: value
         for name, value in found.items()
         if value is not None and not any(getattr(base, name, None) is value for base in kind.__bases__)
     }
-    if own:
-        own["forward"] = getattr(kind, "forward", None)
-    if "normalizes" in own:
-        own["normalize"] = own["normalizes"].forward
-    return own
+    if declared:
+        declared["forward"] = getattr(kind, "forward", None)
+    if "normalizes" in declared:
+        declared["normalize"] = declared["normalizes"].forward
+    return declared
 
 
 def _run(row: Sequence[Any], input: torch.Tensor) -> torch.Tensor:

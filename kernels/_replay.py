@@ -4,7 +4,7 @@ A launcher looks at nothing of its tensors but sizes, strides, dtype, device and
 allocates and launches for some tensors is what it would for any others that agree in these: `Replayable` writes it down
 the second time it sees their like, and from then on recognises them and does what is written.
 
-Recognising is what Dynamo's guards do before they run a compiled graph again, in C++: type, dispatch keys (those of modes,
+Recognising is what Dynamo's guards do before they run a compiled graph again, in C++: type, dispatch keys (those of
 transforms and autocast among them), dtype, device, sizes, strides and requires_grad of all tensors in a fraction of what
 Python takes to read one's shape.
 

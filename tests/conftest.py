@@ -25,7 +25,7 @@ import sanitizer  # noqa: E402
 
 import fastlayers  # noqa: E402
 from fastlayers._selfcheck import strict_float32  # noqa: E402
-from fastlayers.kernels import _launch, _tiles  # noqa: E402
+from fastlayers.kernels import _launch, _record, _tiles  # noqa: E402
 from fastlayers.kernels._tiles import Tile  # noqa: E402
 
 torch.set_num_threads(1)
@@ -75,6 +75,15 @@ def _strict() -> Iterator[None]:
     """Kernels or an error, strict float32, and nothing left behind."""
     with strict_float32(), fastlayers.policy("triton"):
         yield
+
+
+@pytest.fixture
+def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one at every replay."""
+    counted: list[None] = []
+    play = _record.Take.play
+    monkeypatch.setattr(_record.Take, "play", lambda *a: (counted.append(None), play(*a))[1])
+    return counted
 
 
 @pytest.fixture

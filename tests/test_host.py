@@ -27,21 +27,12 @@ import fastlayers
 import fastlayers.functional as FL
 from bench import host
 from fastlayers import _capture, _dtypes, nn
-from fastlayers.kernels import _launch, _record, _replay
+from fastlayers.kernels import _launch, _replay
 from fastlayers.kernels import pointwise as kernels
 from fastlayers.kernels._tiles import Tile, force
 
 ROOT = Path(__file__).parent.parent
 SPACES = (nn, torch.nn)
-
-
-@pytest.fixture
-def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows by one at every replay."""
-    counted: list[None] = []
-    play = _record.Take.play
-    monkeypatch.setattr(_record.Take, "play", lambda *a: (counted.append(None), play(*a))[1])
-    return counted
 
 
 def clean(**more: str) -> dict[str, str]:

@@ -50,9 +50,9 @@ class Conv2d(nn.Conv2d):
         """A layer, the batch normalisation that follows it in eval, an addition, and an activation, in one kernel."""
         ((layer, then),) = stages
         statistics = None
-        if norm is not None and input.dim() != 4:
-            return norm(layer(input))  # which torch's normalisation objects to
         if norm is not None:
+            if input.dim() != 4:
+                return norm(layer(input))  # which torch's normalisation objects to
             names = ("running_mean", "running_var", "weight", "bias")
             statistics = (
                 *[own(norm, name, nn.BatchNorm2d) for name in names],

@@ -299,7 +299,7 @@ def _why_not_norm(norm: Norm, input: torch.Tensor, weight: torch.Tensor, bias: t
         return "gradients through a normalisation in the epilogue"
     dtype = _dtypes.after_autocast(_probe, input)
     for tensor in tensors:
-        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        if not is_plain(tensor):
             return f"{type(tensor).__name__} is a tensor subclass"
         if tensor.shape != weight.shape[:1] or not tensor.is_contiguous() or tensor.device != input.device:
             return BadInput(f"statistics of {tuple(tensor.shape)} on {tensor.device}")
@@ -329,10 +329,7 @@ def _twin(
     y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
     if norm is not None:
         y = F.batch_norm(y, *norm[:4], training=False, eps=norm[4])
-    if residual is not None:
-        y = y + residual if add is None else add(y)
-    if then is not None:
-        y = then.torch(y)
+    y = _finish(y, then, residual, add)
     # The layer before may have left its result in channels_last, where torch's would have been NCHW.
     return y.contiguous() if channels_last is False else y
 
@@ -356,8 +353,7 @@ def _conv2d(
     assert geometry is not None and x is not None and w is not None  # _why_not has seen to it
     if residual is not None and not _fits(residual, x, w, b, geometry, channels_last):
         y = _conv2d(x, w, b, stride, padding, dilation, groups, None, norm, None, None, channels_last)
-        y = y + residual if add is None else add(y)
-        return y if then is None else then.torch(y)
+        return _finish(y, then, residual, add)
     grad = _dispatch.wants_grad(x, w, b)
     if torch.compiler.is_compiling():
         from . import traced  # which imports this file
@@ -367,6 +363,18 @@ def _conv2d(
         return _Conv2d.apply(x, w, b, then, geometry, channels_last, None)  # type: ignore[return-value]
     statistics, eps = _split(norm)
     return _forward((x, w, b, residual, *statistics), then, geometry, channels_last, eps, _precision(x.dtype))[0]
+
+
+def _finish(
+    y: torch.Tensor,
+    then: Pointwise | None,
+    residual: torch.Tensor | None,
+    add: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """The end of an epilogue in torch's functions."""
+    if residual is not None:
+        y = y + residual if add is None else add(y)
+    return y if then is None else then.torch(y)
 
 
 def _fits(
@@ -380,8 +388,7 @@ def _fits(
     """Whether it can be added in the epilogue of this convolution. It must lie as the result does, else the sum's memory
     format might be another, and no gradient be asked for: the backward knows nothing of it."""
     if (
-        not isinstance(residual, torch.Tensor)
-        or _dispatch.why_not(residual) is not None
+        _dispatch.why_not(residual) is not None
         or _dispatch.wants_grad(x, w, b, residual)
         or (residual.device, residual.dtype) != (x.device, x.dtype)
     ):
