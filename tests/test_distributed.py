@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,9 @@ def worker(rank: int, run: Callable[[int], None], rendezvous: str) -> None:
         run(rank)
     finally:
         dist.destroy_process_group()
+    # gloo's threads outlive the group, and one that lets go of a tensor while the interpreter is being torn down aborts the
+    # process, now and then (pytorch/pytorch#179291).
+    os._exit(0)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

@@ -183,7 +183,7 @@ def test_inputs_of_every_kind_in_turn(plays: list[None], device: torch.device) -
             if grad:
                 torch.testing.assert_close(a.grad, b.grad)
             for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-                torch.testing.assert_close(p.grad, q.grad)
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
     assert len(plays) > 20
 
 
