@@ -32,8 +32,6 @@ class Case:
     force: dict[str, Tile | Product]
     wide: bool = False
     """Compiled for offsets of 64 bits."""
-    targets: tuple[str, ...] = TARGETS
-    """Where the kernel can be launched at all: TMA, say, from sm_90 on."""
 
     @property
     def streams(self) -> bool:
@@ -187,7 +185,7 @@ def _specialized_cases() -> Iterator[Case]:
             if direction in ("forward", "input grad", "weight grad"):
                 name = f"matmul specialized {direction} 16 {tile.m}x{tile.n}x{tile.k} s{tile.stages}"
                 kernel = "_matmul_specialized_kernel"
-                yield Case(name, kernel, dtype, call, dict(matmul=product), targets=("sm_90",))
+                yield Case(name, kernel, dtype, call, dict(matmul=product))
 
 
 def _conv_calls(dtype: torch.dtype, precision: str, c: int, size: int) -> Iterator[Call]:
@@ -212,12 +210,12 @@ def _stem_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
 
 
 def _grouped_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
-    """Groups of channels that a box's step of the sum would reach beyond."""
+    """Groups of channels that a box's step of the sum would reach beyond, however many are packed."""
     t, last = _maker(dtype), torch.channels_last
     geometry = _geometry(2, 1, precision, groups=32)
-    x, y = t(32, 256, 56, 56).to(memory_format=last), t(32, 256, 28, 28).to(memory_format=last)
-    w = t(256, 8, 3, 3).to(memory_format=last)
-    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(256), y, then="relu", **geometry)
+    x, y = t(32, 160, 56, 56).to(memory_format=last), t(32, 160, 28, 28).to(memory_format=last)
+    w = t(160, 5, 3, 3).to(memory_format=last)
+    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(160), y, then="relu", **geometry)
     yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
 
 
@@ -226,16 +224,18 @@ def _geometry(stride: int, padding: int, precision: str, groups: int = 1) -> dic
     return dict(**pairs, groups=groups, precision=precision)
 
 
-def _box_cases() -> Iterator[Case]:
+def _box_cases(target: str) -> Iterator[Case]:
     """Convolutions through descriptors, at every tile: both strides, few channels, results in NCHW."""
-    for (kind, size), tile in _tiles._BOX.items():
+    for (kind, size), tile in _tiles.boxes(target).items():
         for dtype in _KINDS[kind]:
             calls = _box_weight_grad_calls(dtype) if size.startswith("weight") else _box_calls(dtype)
             for direction, kernel, call in calls:
-                if size == "large" and direction == "forward, NCHW, added":  # never picked
+                if size == "large" and direction.endswith(
+                    ("NCHW, added", "packed", "packed, stride 2")
+                ):  # never picked
                     continue
                 name = f"box {direction} {kind}/{size} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}"
-                yield Case(name, kernel, dtype, call, dict(box=tile), targets=_tiles.BOX_ARCHITECTURES)
+                yield Case(name, kernel, dtype, call, dict(box=tile))
 
 
 def _box_calls(dtype: torch.dtype) -> Iterator[Call]:
@@ -258,6 +258,12 @@ def _box_calls(dtype: torch.dtype) -> Iterator[Call]:
     thin = t(32, 16, 56, 56).to(memory_format=last)
     call = functools.partial(conv.conv2d, thin, t(16, 16, 3, 3).to(memory_format=last), None, thin, **once)
     yield "forward, 16 channels", kernel, call
+    once, twice = _geometry(1, 1, "tf32", groups=32), _geometry(2, 1, "tf32", groups=32)
+    w = t(256, 8, 3, 3)
+    yield "forward, packed", kernel, functools.partial(conv.conv2d, x, w, t(256), x, then="relu", norm=norm, **once)
+    yield "forward, packed, stride 2", kernel, functools.partial(conv.conv2d, x, w, t(256), half, then="relu", **twice)
+    yield "input grad, packed", kernel, functools.partial(conv.conv2d_input_grad, x, w, x, **once)
+    yield "input grad, packed, stride 2", kernel, functools.partial(conv.conv2d_input_grad, half, w, x, **twice)
 
 
 def _box_weight_grad_calls(dtype: torch.dtype) -> Iterator[Call]:
@@ -268,6 +274,8 @@ def _box_weight_grad_calls(dtype: torch.dtype) -> Iterator[Call]:
     for name, dz, image, stride in (("", x, x, 1), (", stride 2", half, x, 2), (", over the edge", odd, odd, 1)):
         call = functools.partial(conv.conv2d_weight_grad, dz, image, w, **_geometry(stride, 1, "tf32"))
         yield f"weight grad{name}", kernel, call
+    call = functools.partial(conv.conv2d_weight_grad, x, x, t(256, 8, 3, 3), **_geometry(1, 1, "tf32", groups=32))
+    yield "weight grad, packed", kernel, call
 
 
 def _depthwise_calls(dtype: torch.dtype) -> Iterator[Call]:
@@ -289,6 +297,8 @@ def _conversion_calls(dtype: torch.dtype) -> Iterator[Call]:
     for channels in (256, 48, 16, 8):
         x = _maker(dtype)(32, channels, 56, 56)
         yield f"to channels_last {channels}", "_channels_last_kernel", functools.partial(conv_box.channels_last, x)
+    pack = functools.partial(conv_box._pack, _maker(dtype)(1024, 8, 3, 3), 128, 8)
+    yield "packed weight", "_pack_kernel", pack
     images = _maker(dtype)(32, 3, 224, 224)
     copy = functools.partial(conv_box.channels_last, images, pitch=4, size=(224, 240), left=3)
     yield "to channels_last, first layer", "_channels_last_kernel", copy
@@ -333,18 +343,18 @@ def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
 @functools.cache
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
-    every = (
-        *_product_cases(target), *_descriptor_cases(target), *_specialized_cases(), *_box_cases(), *_memory_cases(),
-    )  # fmt: skip
-    narrow = [case for case in every if target in case.targets]
+    narrow = [*_product_cases(target), *_descriptor_cases(target), *_box_cases(target), *_memory_cases()]
+    if target == "sm_90":
+        narrow += _specialized_cases()
     return narrow + [
         dataclasses.replace(case, wide=True)
         for case in narrow
         if case.dtype in (torch.bfloat16, torch.float32)
+        and case.kernel != "_pack_kernel"  # whose offsets always are
         and (
             not case.force
             or "/gather" in case.name
-            or ("tma" in case.name and "shared" not in case.name)
+            or ("tma" in case.name and "shared" not in case.name and "persistent" not in case.name)
             or ("/large" not in case.name and case.kernel == "_conv_box_kernel")
         )
     ]

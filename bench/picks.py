@@ -125,16 +125,18 @@ def _products(device: _tiles.Device) -> Iterator[Job]:
                 yield job("linear weight grad", (rows, n), (rows, k), True, False)
 
 
-# Images, channels, height and width, result's channels, kernel, stride.
+# Images, channels, height and width, result's channels, kernel, stride, groups.
 _CONVOLUTIONS = (
-    (64, 64, 56, 64, 3, 1), (64, 128, 28, 128, 3, 1), (64, 256, 14, 256, 3, 1), (64, 512, 7, 512, 3, 1),
-    (64, 128, 56, 128, 3, 2), (64, 256, 56, 512, 1, 2), (64, 3, 224, 64, 7, 2), (4, 320, 64, 320, 3, 1),
-    (1, 64, 56, 64, 3, 1), (1, 256, 14, 256, 3, 1), (8, 16, 32, 16, 3, 1), (128, 16, 32, 16, 3, 1), (64, 32, 16, 32, 3, 1),
+    (64, 64, 56, 64, 3, 1, 1), (64, 128, 28, 128, 3, 1, 1), (64, 256, 14, 256, 3, 1, 1), (64, 512, 7, 512, 3, 1, 1),
+    (64, 128, 56, 128, 3, 2, 1), (64, 256, 56, 512, 1, 2, 1), (64, 3, 224, 64, 7, 2, 1), (4, 320, 64, 320, 3, 1, 1),
+    (32, 128, 56, 128, 3, 1, 32), (32, 512, 14, 512, 3, 1, 32),
+    (1, 64, 56, 64, 3, 1, 1), (1, 256, 14, 256, 3, 1, 1), (8, 16, 32, 16, 3, 1, 1), (128, 16, 32, 16, 3, 1, 1),
+    (64, 32, 16, 32, 3, 1, 1),
 )  # fmt: skip
 
 
 def _convolutions(device: _tiles.Device) -> Iterator[Job]:
-    """ResNet's layers, a U-Net's, and small ones: in channels_last, and forward in NCHW too."""
+    """ResNet's layers, a U-Net's, ResNeXt's, and small ones: in channels_last, and forward in NCHW too."""
     pointers = [
         Way(f"pointers {size} {value_of(tile)}", dict(product=tile), boxes=False)
         for (kind, size), tile in _tiles.products(device.architecture).items()
@@ -142,22 +144,19 @@ def _convolutions(device: _tiles.Device) -> Iterator[Job]:
     ]
 
     def boxes(weight_grad: bool) -> list[Way]:
-        names = [(key, tile) for key, tile in _tiles._BOX.items() if key[0] == "16"]
-        if device.architecture not in _tiles.BOX_ARCHITECTURES:
-            return []
         return [
             Way(f"boxes {size} {value_of(tile)}", dict(box=tile), boxes=True)
-            for (_, size), tile in names
-            if size.startswith("weight") == weight_grad
+            for (kind, size), tile in _tiles.boxes(device.architecture).items()
+            if kind == "16" and size.startswith("weight") == weight_grad
         ]
 
-    for n, c, size, o, kernel, stride in _CONVOLUTIONS:
+    for n, c, size, o, kernel, stride, groups in _CONVOLUTIONS:
         padding, out = kernel // 2, (size + 2 * (kernel // 2) - kernel) // stride + 1
         geometry: dict[str, Any] = dict(
-            stride=(stride, stride), padding=(padding, padding), dilation=(1, 1), groups=1, precision="ieee"
+            stride=(stride, stride), padding=(padding, padding), dilation=(1, 1), groups=groups, precision="ieee"
         )
-        flops = 2 * n * out * out * o * c * kernel * kernel
-        shapes = (n, c, size, size), (o, c, kernel, kernel), (n, o, out, out)
+        flops = 2 * n * out * out * o * c // groups * kernel * kernel
+        shapes = (n, c, size, size), (o, c // groups, kernel, kernel), (n, o, out, out)
 
         def make(
             direction: str, format: torch.memory_format, shapes: Any = shapes, geometry: Any = geometry
@@ -177,6 +176,8 @@ def _convolutions(device: _tiles.Device) -> Iterator[Job]:
             return on
 
         what = f"{n}x{c}x{size}x{size} to {o}, {kernel}x{kernel} stride {stride}"
+        if groups > 1:
+            what += f" in {groups} groups"
         for direction in ("forward", "input grad", "weight grad"):
             ways = (Way(PICKED, {}), *pointers, *boxes(direction == "weight grad"))
             yield Job(f"conv2d {direction} {what}", flops, make(direction, torch.channels_last), ways)

@@ -99,8 +99,11 @@ _PRODUCT_ON = {
     },
     "sm_100": {
         ("16", "large"): Tile(128, 256, 64, warps=8, stages=3),
+        ("16", "gather"): Tile(64, 64, 32, warps=8, stages=1),
         ("tf32", "medium"): Tile(128, 64, 32, warps=8, stages=2),
         ("tf32", "small"): Tile(64, 64, 32, warps=8, stages=3),
+        ("tf32", "gather"): Tile(32, 64, 32, warps=8, stages=1),
+        ("64", "medium"): Tile(64, 32, 16, warps=8, stages=3),
     },
 }
 
@@ -153,15 +156,16 @@ _DESCRIPTORS_SM_90 = {
     },
 }
 # There the compiler wants more shared memory for operands that it transposes, or more registers than there are.
-_NOT_ON_SM_100 = (
-    Tile(64, 256, 64, warps=4, stages=4),
-    Tile(128, 256, 32, warps=8, stages=3),
-    Tile(64, 64, 32, warps=4, stages=3),
-)
+_INSTEAD_ON_SM_100 = {
+    Tile(64, 256, 64, warps=4, stages=4): None,
+    Tile(128, 256, 32, warps=8, stages=3): None,
+    Tile(64, 64, 32, warps=4, stages=4): Tile(64, 64, 32, warps=8, stages=4),
+    Tile(64, 64, 32, warps=4, stages=3): None,
+}
 _DESCRIPTORS = {
     "sm_90": _DESCRIPTORS_SM_90,
     "sm_100": {
-        kind: {tile: share for tile, share in tiles.items() if tile not in _NOT_ON_SM_100}
+        kind: {there: share for tile, share in tiles.items() if (there := _INSTEAD_ON_SM_100.get(tile, tile))}
         for kind, tiles in _DESCRIPTORS_SM_90.items()
     },
 }
@@ -310,6 +314,7 @@ def matmul(
     vectors: bool,
     descriptors: bool = False,
     plain: bool = False,
+    wide: bool = False,
     column_sums: bool = False,
     operand_sums: bool = False,
 ) -> Product:
@@ -320,6 +325,7 @@ def matmul(
             addresses alone fill the registers of all but small tiles.
         descriptors: both operands can stand behind descriptors.
         plain: c can stand behind one too, and nothing is read or added up to make it but a bias.
+        wide: offsets take 64 bits, for which a persistent program has no registers left.
         column_sums: the epilogue adds up columns of c, so that K is not shared out and c not transposed.
         operand_sums: the first column of tiles adds up rows of a, so that c is not transposed.
     """
@@ -333,7 +339,7 @@ def matmul(
         return Product(_INTERPRETER, precision)
     else:
         if descriptors:
-            product = _through_descriptors(m, n, k, dtype, precision, device, plain, column_sums, operand_sums)
+            product = _through_descriptors(m, n, k, dtype, precision, device, plain, wide, column_sums, operand_sums)
             if product is not None:
                 return product
         tile = _product(m, n, k, dtype, precision, device, vectors=vectors, light=not operand_sums)
@@ -376,6 +382,7 @@ def _through_descriptors(
     precision: str,
     device: Device,
     plain: bool,
+    wide: bool,
     column_sums: bool,
     operand_sums: bool,
 ) -> Product | None:
@@ -407,7 +414,8 @@ def _through_descriptors(
         return specialized(device)
     # Several tiles for each multiprocessor and few steps in each: worth fetching across the seam between two tiles.
     several = cdiv(m, best.tile.m) * cdiv(n, best.tile.n) >= 2 * device.multiprocessors and k <= 2048
-    if several and _can_persist(best.tile) and best.splits == 1 and not best.transposed and not operand_sums:
+    alone = best.splits == 1 and not best.transposed and not operand_sums and not wide
+    if several and alone and _can_persist(best.tile):
         return replace(best, programs=device.multiprocessors)
     return best
 
@@ -485,12 +493,18 @@ _BOX = {
     ("tf32", "weight grad"): Tile(128, 64, 32, warps=8, stages=3),
     ("tf32", "weight grad, narrow"): Tile(64, 64, 32, warps=4, stages=3),
 }
+_BOX_ON = {"sm_100": {("tf32", "narrow"): Tile(64, 128, 32, warps=8, stages=4)}}
 _CHANNELS_LAST = {pitch: Tile(4096 // pitch, pitch, warps=8) for pitch in (1, 2, 4, 8, 16, 32, 64)}
 
 # Depthwise convolutions: m pixels, n channels; elements in a tile, by bytes of an element. In NCHW neighbouring threads
 # must take neighbouring pixels, so n is 1, and every element has an address of its own.
 _DEPTHWISE_CHANNELS_LAST = {2: 2048, 4: 1024, 8: 512}
 _DEPTHWISE_NCHW = 256
+
+
+def boxes(architecture: str) -> dict[tuple[str, str], Tile]:
+    """The tiles of convolutions by boxes on one architecture."""
+    return _BOX | _BOX_ON.get(architecture, {}) if architecture in BOX_ARCHITECTURES else {}
 
 
 def takes_boxes(flops: int, dtype: torch.dtype, precision: str, device: Device) -> bool:
@@ -513,6 +527,19 @@ def box(pixels: int, images: tuple[int, int, int]) -> tuple[int, int, int]:
     return min(boxes, key=lambda b: (cdiv(n, b[0]) * cdiv(h, b[1]) * cdiv(w, b[2]), -b[2], -b[1]))
 
 
+@functools.lru_cache(maxsize=4096)
+def packed_groups(groups: int, c: int, o: int, whole_c: int, whole_o: int) -> int:
+    """How many groups of a convolution, with c channels and o in each, are computed as one: as many as 64 channels hold,
+    which a tile of tensor cores has anyway. `whole_c`, `whole_o`: where there are several packed groups, each must begin at
+    a multiple of these. For their sake up to four groups are packed that are larger, and 0 says that there is no way."""
+    if groups == 1:
+        return 1
+    divisors = [p for p in range(1, groups + 1) if groups % p == 0]
+    fitting = [p for p in divisors if p == groups or (p * c % whole_c == 0 and p * o % whole_o == 0)]
+    small = [p for p in fitting if p * max(c, o) <= 64]
+    return max(small) if small else min((p for p in fitting if p <= 4), default=0)
+
+
 def conv_box(
     channels: int,
     depth: int,
@@ -527,18 +554,18 @@ def conv_box(
 ) -> tuple[Tile, tuple[int, int, int]]:
     """Tile and box for `copies` convolutions to `channels` channels of `images` (N, H, W), each a sum over taps and `depth`
     channels. `reach`: a step must divide this many channels, because other ones follow. `crowded`: the epilogue needs
-    offsets of 64 bits or a residual in NCHW, for which the large tile has no registers left."""
+    offsets of 64 bits, a residual in NCHW or a second sum, for which the large tile has no registers left."""
     if "box" in forced:
         tile = forced["box"]
     else:
-        kind = _arithmetic(dtype, precision)
+        kind, tiles = _arithmetic(dtype, precision), boxes(device.architecture)
         pixels = images[0] * images[1] * images[2]
         for size in (("medium",) if crowded else ("large", "medium")) if channels > 64 else ("narrow",):
-            tile = _BOX[kind, size]
+            tile = tiles[kind, size]
             if 4 * copies * cdiv(channels, tile.m) * cdiv(pixels, tile.n) >= 3 * device.multiprocessors:
                 break
         else:
-            tile = _BOX[kind, "small"]
+            tile = tiles[kind, "small"]
     k = tile.k
     while k > 16 and (k >= 2 * depth if reach is None else reach % k):
         k //= 2
@@ -554,7 +581,7 @@ def conv_box_weight_grad(
     else:
         kind = _arithmetic(dtype, precision)
         size = ", narrow" if min(c, o) <= 64 else ", wide" if kind == "16" and o % 256 == 0 else ""
-        tile = _BOX[kind, f"weight grad{size}"]
+        tile = boxes(device.architecture)[kind, f"weight grad{size}"]
     shape = box(tile.k, images)
     steps = cdiv(images[0], shape[0]) * cdiv(images[1], shape[1]) * cdiv(images[2], shape[2])
     programs = cdiv(c, tile.m) * cdiv(o, tile.n) * copies

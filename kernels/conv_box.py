@@ -11,6 +11,7 @@ no addresses. The image is operand b, (channels of y, taps) @ (taps, pixels), so
     weight grad   the pixels are what is summed over, box by box; the shares of a sum are added up in a fixed order
     few channels  a row of taps is one run of memory once the channels lie together, and overlaps with the next pixel's:
                   an image of S*C channels under a kernel of R x 1
+    small groups  several are packed into one, whose weight has zeros where they don't belong together
 
 What a descriptor can't read is copied once to where it can: channels_last, in whole vectors of 16 bytes, in whole phases.
 
@@ -51,13 +52,54 @@ def _multiple(size, UNIT: tl.constexpr):
 
 
 @triton.jit
+def _sum_taps(
+    x, w, first_n, top, left, first_c, first_o, first_m, first_r, first_s, taps, taps_w, C, x_w, w_tap, pad_h, pad_w, member,
+    S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, INPUT_GRAD: tl.constexpr, OWN_C: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """The sum over taps and C channels, for the box at (top, left), which the first tap reads with INPUT_GRAD, and a tap at
+    (0, 0) without. With OWN_C, over no other channels than the OWN_C of one member of a packed group."""
+    # Taps of one class follow one another at STEP, and the pixels of dz that they meet at -BACK.
+    BACK_H: tl.constexpr = STEP_H * DILATION_H // STRIDE_H
+    BACK_W: tl.constexpr = STEP_W * DILATION_W // STRIDE_W
+    accumulator = tl.zeros((TILE_M, TILE_N), ACC)
+    for step in tl.range(0, tl.cdiv(C, TILE_K) * taps, num_stages=STAGES):
+        tap = step % taps
+        k = step // taps * TILE_K
+        if INPUT_GRAD:
+            i = tap // taps_w
+            j = tap % taps_w
+            b = x.load([first_n, top - i * BACK_H, left - j * BACK_W, first_c + k])
+            a = w.load([first_c + k, ((first_r + i * STEP_H) * S + first_s + j * STEP_W) * w_tap + first_m]).T
+        else:
+            h = tap // S * DILATION_H - pad_h
+            v = tap % S * DILATION_W - pad_w
+            if STRIDE_H * STRIDE_W == 1:
+                b = x.load([first_n, top + h, left + v, first_c + k])
+            else:
+                # Division rounds towards zero: keep it away from negative numbers.
+                h += pad_h * STRIDE_H
+                v += pad_w * STRIDE_W
+                channel = v % STRIDE_W * x_w + first_c + k
+                row = top + h // STRIDE_H - pad_h
+                b = x.load([first_n, row, h % STRIDE_H, left + v // STRIDE_W - pad_w, channel])
+            a = w.load([first_o + first_m, tap * w_tap + k])
+        b = tl.reshape(b, (TILE_N, TILE_K))
+        if OWN_C:
+            b = tl.where(((k + tl.arange(0, TILE_K)) // OWN_C == member)[None, :], b, 0.0)
+        accumulator = tl.dot(a, b.T, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    return accumulator
+
+
+@triton.jit
 def _conv_box_kernel(
     y_ptr, x, w, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, residual_ptr,
     N, H, W, O, C, y_n, y_c, y_h, y_w, x_w, w_tap, pad_h, pad_w,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, INPUT_GRAD: tl.constexpr, EPS: tl.constexpr,
     THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, RUN: tl.constexpr,
-    TILE_IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    OWN_O: tl.constexpr, OWN_C: tl.constexpr, TILE_IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_M of the O channels of one group of y (N, H, W), for a box of TILE_N pixels. With INPUT_GRAD, y is
@@ -66,6 +108,10 @@ def _conv_box_kernel(
     x and w are descriptors: of the image (N, H, W, channels), or in phases (N, H/STRIDE_H, STRIDE_H, W/STRIDE_W,
     STRIDE_W*x_w); of the weight as it lies in memory (rows, taps and columns, w_tap from tap to tap). C is what is summed
     over, in each group. RUN neighbouring pixels are stored at once.
+
+    A packed group has members of OWN_C channels of x, which belong to OWN_O of y; in a group that isn't, both are 0. The
+    weight's zeros keep them apart, but for infinities and NaN in x: zero times those is NaN. Where the sum has a NaN, each
+    member is summed up by itself.
     """
     tiles_m = tl.cdiv(O, TILE_M)
     pid_m = tl.program_id(0) % tiles_m
@@ -76,9 +122,6 @@ def _conv_box_kernel(
         rest = rest // (STRIDE_H * STRIDE_W)
         first_r = first_tap(class_h + pad_h, R, STRIDE_H, DILATION_H)
         first_s = first_tap(class_w + pad_w, S, STRIDE_W, DILATION_W)
-        # Taps of one class follow one another at STEP, and the pixels of dz that they meet at -BACK.
-        BACK_H: tl.constexpr = STEP_H * DILATION_H // STRIDE_H
-        BACK_W: tl.constexpr = STEP_W * DILATION_W // STRIDE_W
         taps_w = tl.cdiv(S - first_s, STEP_W)
         taps = tl.cdiv(R - first_r, STEP_H) * taps_w
         tiles_h = tl.cdiv(tl.cdiv(H, STRIDE_H), TILE_H)
@@ -89,6 +132,8 @@ def _conv_box_kernel(
         H = tl.cdiv(H - class_h, STRIDE_H)
         W = tl.cdiv(W - class_w, STRIDE_W)
     else:
+        first_r = 0
+        first_s = 0
         taps_w = S
         taps = R * S
         tiles_h = tl.cdiv(H, TILE_H)
@@ -103,32 +148,26 @@ def _conv_box_kernel(
     first_c = group * C
     first_o = group * O
 
-    accumulator = tl.zeros((TILE_M, TILE_N), ACC)
-    for step in range(0, tl.cdiv(C, TILE_K) * taps):
-        tap = step % taps
-        k = step // taps * TILE_K
-        if INPUT_GRAD:
-            i = tap // taps_w
-            j = tap % taps_w
-            h = first_h + (class_h + pad_h - first_r * DILATION_H) // STRIDE_H - i * BACK_H
-            v = first_w + (class_w + pad_w - first_s * DILATION_W) // STRIDE_W - j * BACK_W
-            b = x.load([first_n, h, v, first_c + k])
-            a = w.load([first_c + k, ((first_r + i * STEP_H) * S + first_s + j * STEP_W) * w_tap + first_m]).T
-        else:
-            h = tap // S * DILATION_H - pad_h
-            v = tap % S * DILATION_W - pad_w
-            if STRIDE_H * STRIDE_W == 1:
-                b = x.load([first_n, first_h + h, first_w + v, first_c + k])
-            else:
-                # Division rounds towards zero: keep it away from negative numbers.
-                h += pad_h * STRIDE_H
-                v += pad_w * STRIDE_W
-                channel = v % STRIDE_W * x_w + first_c + k
-                row = first_h + h // STRIDE_H - pad_h
-                b = x.load([first_n, row, h % STRIDE_H, first_w + v // STRIDE_W - pad_w, channel])
-            a = w.load([first_o + first_m, tap * w_tap + k])
-        b = tl.reshape(b, (TILE_N, TILE_K))
-        accumulator = tl.dot(a, b.T, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    top = first_h
+    left = first_w
+    if INPUT_GRAD:
+        top += (class_h + pad_h - first_r * DILATION_H) // STRIDE_H
+        left += (class_w + pad_w - first_s * DILATION_W) // STRIDE_W
+    accumulator = _sum_taps(
+        x, w, first_n, top, left, first_c, first_o, first_m, first_r, first_s, taps, taps_w, C, x_w, w_tap, pad_h, pad_w, 0,
+        S, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, STEP_H, STEP_W, INPUT_GRAD, 0, None,
+        ACC, PRECISION, TILE_M, TILE_N, TILE_K,
+    )  # fmt: skip
+    if OWN_C:  # noqa: SIM102, this one is decided when it is compiled
+        if tl.max((accumulator != accumulator).to(tl.int32)) > 0:
+            member_of = (first_m + tl.arange(0, TILE_M)) // OWN_O
+            for member in range(0, C // OWN_C):
+                alone = _sum_taps(
+                    x, w, first_n, top, left, first_c, first_o, first_m, first_r, first_s, taps, taps_w, C, x_w, w_tap,
+                    pad_h, pad_w, member, S, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, STEP_H, STEP_W, INPUT_GRAD, OWN_C,
+                    1, ACC, PRECISION, TILE_M, TILE_N, TILE_K,
+                )  # fmt: skip
+                accumulator = tl.where((member_of == member)[:, None], alone, accumulator)
 
     if RUN > 1:
         y_n, y_c, y_h, W = _multiple(y_n, RUN), _multiple(y_c, RUN), _multiple(y_h, RUN), _multiple(W, RUN)
@@ -154,6 +193,7 @@ def _conv_box_weight_grad_kernel(
     N, H, W, C, O, dw_size, dw_o, dw_c, dw_r, dw_s, x_w, pad_h, pad_w, boxes_per_split,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr, BOX_FITS: tl.constexpr,
+    OWN_O: tl.constexpr, OWN_C: tl.constexpr,
     TILE_IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +201,8 @@ def _conv_box_weight_grad_kernel(
     one share of the pixels, TILE_K to a box. With SPLITS > 1, dw is a workspace of SPLITS tensors laid out like dw.
 
     x and dz are descriptors as in `_conv_box_kernel`. Without BOX_FITS, boxes reach over the edge of dz. It is zero there,
-    but x goes on, and its infinities times zero would be NaN.
+    but x goes on, and its infinities times zero would be NaN. In a packed group, of members with OWN_C channels of x and
+    OWN_O of dz, a product of two members' channels is computed and left at that.
     """
     tiles_m = tl.cdiv(C, TILE_M)
     tiles_n = tl.cdiv(O, TILE_N)
@@ -218,8 +259,12 @@ def _conv_box_weight_grad_kernel(
     c = pid_m * TILE_M + tl.arange(0, TILE_M)
     o = pid_n * TILE_N + tl.arange(0, TILE_N)
     dw_ptr += split.to(tl.int64) * dw_size + r * dw_r + s * dw_s
+    inside = (c < C)[:, None] & (o < O)[None, :]
+    if OWN_C:
+        inside = inside & ((c // OWN_C)[:, None] == (o // OWN_O)[None, :])
+        c = c % OWN_C
     offsets = (c * dw_c)[:, None] + ((group * O + o) * dw_o)[None, :]
-    tl.store(dw_ptr + offsets, accumulator.to(dw_ptr.dtype.element_ty), mask=(c < C)[:, None] & (o < O)[None, :])
+    tl.store(dw_ptr + offsets, accumulator.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -300,6 +345,38 @@ def _unpack(packed: torch.Tensor, w: torch.Tensor) -> None:
         _copy(packed.as_strided((o, 1, c, r * s), (row, 1, 1, pitch)), w, (c, r * s, 1))
     else:
         _copy(packed.as_strided((o, c, 1, r * s), (row, 1, 1, pitch)), w, (1, r * s, c))
+
+
+@triton.jit
+def _pack_kernel(
+    w_ptr, packed_ptr,
+    ROWS, C, O, w_o, w_c, w_r, w_s,
+    R: tl.constexpr, S: tl.constexpr, MEMBERS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """One program: TILE_M rows (o, r, s) of packed (ROWS, MEMBERS*C), with w's C channels where they belong and zeros at
+    those of the other members. O: what a member has of rows of w."""
+    row = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    column = tl.arange(0, TILE_N)
+    o = row // (R * S)
+    c = column[None, :] - (o // O % MEMBERS * C)[:, None]
+    inside = (row < ROWS)[:, None] & (column < MEMBERS * C)[None, :]
+    w_row = o * w_o + row // S % R * w_r + row % S * w_s
+    value = tl.load(w_ptr + (w_row[:, None] + c * w_c), mask=inside & (c >= 0) & (c < C), other=0.0)
+    tl.store(packed_ptr + (row[:, None] * (MEMBERS * C) + column[None, :]), value, mask=inside)
+
+
+def _pack(w: torch.Tensor, groups: int, members: int) -> torch.Tensor:
+    """The weight (O, members*C, R, S), in channels_last, of the same convolution in groups/members groups, from w
+    (O, C, R, S) in `groups`."""
+    o, c, r, s = w.shape
+    packed = _launch.empty((o, r, s, members * c), dtype=w.dtype, device=w.device)
+    columns = 1 << (members * c - 1).bit_length()
+    tile = _tiles.Tile(max(4096 // columns, 1), columns, warps=8)
+    _launch.launch(
+        _pack_kernel, _tiles.cdiv(o * r * s, tile.m), w, packed, o * r * s, c, o // groups, *w.stride(),
+        R=r, S=s, MEMBERS=members, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
+    )  # fmt: skip
+    return packed.permute(0, 3, 1, 2)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -475,14 +552,18 @@ def _launch_box(
     r, s = w.shape[2:]
     o, c = (w.shape[1], w.shape[0] // groups) if input_grad else (w.shape[0] // groups, min(w.shape[1], x.shape[1]))
     phases, classes = ((1, 1), stride) if input_grad else (stride, (1, 1))
-    if groups > 1 and c % 16:
+    members = _tiles.packed_groups(groups, c, o, 16, 1)
+    if members == 0:
         return False  # a step of the sum would read the next group's channels
+    own_o, own_c = (o, c) if members > 1 else (0, 0)
+    if members > 1:
+        w, groups, o, c = _pack(w, groups, members), groups // members, members * o, members * c
     x, wide = _operand(x, phases), _launch.wide(y)
     # Of the sum's steps none may reach into the next group, or out of a phase into the next one.
     reach = math.gcd(c, x.shape[1]) if groups > 1 else x.shape[1] if phases[1] > 1 else None
     tile, (images, rows_h, rows_w) = _tiles.conv_box(
         o, c, (n, -(-h // classes[0]), -(-v // classes[1])), groups * classes[0] * classes[1], reach, x.dtype, precision,
-        _tiles.device(x.device), crowded=wide or (residual is not None and y.stride(1) != 1),
+        _tiles.device(x.device), crowded=wide or members > 1 or (residual is not None and y.stride(1) != 1),
     )  # fmt: skip
     x_desc = _descriptor(x, [images, rows_h, rows_w, tile.k], phases)
     # What the last step over the channels of a tap reads beyond them must be zeros.
@@ -499,7 +580,8 @@ def _launch_box(
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]), STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
         INPUT_GRAD=input_grad, EPS=0.0 if norm is None else norm.eps, THEN=epilogues.forward(then),
         ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide,
-        RUN=_run(y, rows_w) if classes[1] == 1 else 1, TILE_IMAGES=images, TILE_H=rows_h, TILE_W=rows_w,
+        RUN=_run(y, rows_w) if classes[1] == 1 else 1, OWN_O=own_o, OWN_C=own_c,
+        TILE_IMAGES=images, TILE_H=rows_h, TILE_W=rows_w,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return True
@@ -530,6 +612,12 @@ def conv2d_weight_grad(
     x, stride, padding, dilation = _without_strides(x, target, stride, padding, dilation)
     n, o, h, v = dz.shape
     o, (_, c, r, s) = o // groups, target.shape
+    unit = 16 // x.element_size()
+    members = _tiles.packed_groups(groups, c, o, unit, unit)
+    if members == 0:
+        return False  # a descriptor would read from the middle of a vector
+    own_o, own_c = (o, c) if members > 1 else (0, 0)
+    groups, o, c = groups // members, members * o, members * c
     x, dz = _operand(x, stride), _operand(dz)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     tile, (images, rows_h, rows_w), splits = _tiles.conv_box_weight_grad(
@@ -544,7 +632,8 @@ def conv2d_weight_grad(
         n, h, v, c, o, target.numel(), *target.stride(), x.stride(3), *padding, _tiles.cdiv(boxes, splits),
         R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
         ACC=_tiles.triton_dtype(accumulate), PRECISION=precision, SPLITS=splits,
-        BOX_FITS=h % rows_h == 0 and v % rows_w == 0, TILE_IMAGES=images, TILE_H=rows_h, TILE_W=rows_w,
+        BOX_FITS=h % rows_h == 0 and v % rows_w == 0, OWN_O=own_o, OWN_C=own_c,
+        TILE_IMAGES=images, TILE_H=rows_h, TILE_W=rows_w,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:

@@ -301,7 +301,7 @@ def matmul(
         vectors=not wide and _launch.vectors(a) and _launch.vectors(b),
         descriptors=_fits_a_descriptor(a) and _fits_a_descriptor(b),
         plain=other is None and not (column_sums or operand_sums) and out.stride(1) == 1 and _fits_a_descriptor(out),
-        column_sums=column_sums is not None, operand_sums=operand_sums is not None,
+        wide=wide, column_sums=column_sums is not None, operand_sums=operand_sums is not None,
     )  # fmt: skip
     if plan.specialized:
         from . import matmul_specialized  # Gluon, which nothing else needs

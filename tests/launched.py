@@ -260,6 +260,7 @@ def convolutions(dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], dict[
         ((2, 3, 16, 16), (16, 3, 7, 7), dict(stride=2, padding=3)),
         ((2, 32, 8, 8), (32, 1, 3, 3), dict(padding="same", groups=32)),
         ((2, 32, 8, 8), (32, 8, 3, 3), dict(padding=1, groups=4)),
+        ((2, 64, 8, 8), (64, 4, 3, 3), dict(padding=1, groups=16)),
         ((32, 8, 8), (48, 32, 3, 3), {}),
     ):
         x, w, b = (torch.empty(shape, dtype=dtype) for shape in (x_shape, w_shape, w_shape[:1]))

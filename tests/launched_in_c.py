@@ -112,13 +112,15 @@ def test_cuda_takes_our_tensor_maps_of_images(
     assert cuda.stub_launches() - before >= 3
 
 
-@pytest.mark.parametrize("name", [name for name in _tiles._BOX if not name[1].startswith("weight")], ids="/".join)
+@pytest.mark.parametrize(
+    "name", [name for name in _tiles.boxes("sm_90") if not name[1].startswith("weight")], ids="/".join
+)
 def test_cuda_takes_the_tensor_maps_of_every_box(name: tuple[str, str], cuda: Any) -> None:
     dtype = torch.float32 if name[0] == "tf32" else torch.half
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     for shape in ((300, 64, 7, 7), (4, 64, 56, 56)):
         x, w = (torch.empty(s, dtype=dtype).to(memory_format=LAST) for s in (shape, (64, 64, 3, 3)))
-        with _tiles.force(box=_tiles._BOX[name]):
+        with _tiles.force(box=_tiles.boxes("sm_90")[name]):
             FL.conv2d(x, w, padding=1)
 
 

@@ -234,6 +234,51 @@ def test_boxes_in_groups(device: torch.device) -> None:
         )  # fmt: skip
 
 
+PACKED = [
+    (8, 4, 4, 8), (32, 4, 2, 16), (4, 6, 9, 4), (24, 5, 5, 0), (8, 6, 5, 8), (2, 40, 3, 2), (3, 48, 5, 1),
+]  # fmt: skip
+"""Groups, channels of x and of y in each, and how many of them are packed into one, forward."""
+
+
+@pytest.mark.parametrize(("groups", "c", "o", "members"), PACKED)
+def test_packed_groups(groups: int, c: int, o: int, members: int) -> None:
+    assert _tiles.packed_groups(groups, c, o, 16, 1) == members
+
+
+@pytest.mark.parametrize(
+    ("groups", "c", "o", "members"), [case for case in PACKED if case[3] > 1 and case != (8, 4, 4, 8)]
+)
+@pytest.mark.parametrize(("stride", "dilation", "padding"), [(1, 1, 1), (2, 1, (1, 0)), ((1, 3), (2, 1), 0)])
+@pytest.mark.usefixtures("boxes")
+def test_boxes_of_packed_groups(
+    groups: int, c: int, o: int, members: int, stride: Any, dilation: Any, padding: Any, launched: list[str],
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Groups too small for a step of the sum, in several packed groups and in one, in all three directions."""
+    x, w = last(2, groups * c, 5, 4).to(device), r(groups * o, c, 3, 2, device=device)
+    check(x, w, r(groups * o, device=device), groups=groups, stride=stride, dilation=dilation, padding=padding)
+    assert launched.count("_pack_kernel") == 2, "for both directions that read the weight"
+
+
+@pytest.mark.usefixtures("boxes")
+def test_packed_groups_keep_infinities_to_themselves(device: torch.device) -> None:
+    """Zeros of a packed weight times another group's infinities would be NaN."""
+    for stride in (1, 2):
+        x, w = last(1, 32, 6, 5).to(device), r(32, 4, 3, 3, device=device)
+        x[0, 5, 2, 2], x[0, 17, 4, 3], x[0, 30, 0, 0] = float("inf"), float("nan"), float("-inf")
+        w[9, 1, 1, 1] = float("inf")
+        dy = torch.randn_like(F.conv2d(x, w, None, stride, 1, 1, 8))
+        dy[0, 2, 1, 1], dy[0, 21, 0, 2] = float("inf"), float("nan")
+        results = []
+        for conv in (FL.conv2d, F.conv2d):
+            leaves = [t.double().requires_grad_() for t in (x, w)]
+            y = conv(*leaves, None, stride, 1, 1, 8)
+            results.append([y, *torch.autograd.grad(y, leaves, dy.double())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+            assert 0 < b.isfinite().sum() < b.numel()
+
+
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "size"),
     [(3, 7, 2, (9, 12)), (3, 3, 1, (5, 6)), (1, 5, (1, 2), (7, 5)), (1, (1, 3), 3, (4, 9))],
@@ -360,10 +405,11 @@ def test_a_box_wastes_little() -> None:
     assert _tiles.box(128, (1, 128, 128)) == (1, 1, 128)
 
 
-def test_every_pick_of_a_box_is_in_the_table() -> None:
+@pytest.mark.parametrize("architecture", _tiles.BOX_ARCHITECTURES)
+def test_every_pick_of_a_box_is_in_the_table(architecture: str) -> None:
     """What can be picked is what CI compiles, with the depth of a step shortened for few channels."""
-    shipped = {dataclasses.replace(tile, k=k) for tile in _tiles._BOX.values() for k in (16, 32, 64) if k <= tile.k}
-    device = Device(_tiles.BOX_ARCHITECTURES[0], 132)
+    tiles, device = _tiles.boxes(architecture).values(), Device(architecture, 132)
+    shipped = {dataclasses.replace(tile, k=k) for tile in tiles for k in (16, 32, 64) if k <= tile.k}
     sizes = ((1, 1, 1), (1, 7, 7), (32, 56, 56), (256, 112, 112))
     for channels, depth, images, (dtype, precision) in itertools.product(
         (1, 16, 64, 65, 512), (3, 16, 48, 72, 512), sizes, ((torch.float16, "ieee"), (torch.float32, "tf32"))

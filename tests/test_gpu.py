@@ -252,6 +252,8 @@ def test_strict_float32_on_tensor_cores(
         ((8, 256, 14, 14), 512, 1, dict(stride=2)),
         ((8, 64, 28, 28), 64, 3, dict(padding=1, groups=64)),
         ((8, 64, 28, 28), 128, 3, dict(padding=2, groups=4, dilation=2)),
+        ((32, 128, 56, 56), 128, 3, dict(padding=1, groups=32)),
+        ((32, 256, 28, 28), 256, 3, dict(padding=1, groups=32, stride=2)),
     ],
 )  # fmt: skip
 def test_shipped_tiles_of_conv2d(
@@ -319,6 +321,8 @@ def test_specialized_products(dtype: torch.dtype, transposed: tuple[bool, bool],
         # Channels that fill neither a step of the sum nor a tile.
         pytest.param((2, 72, 6, 6), (40, 72, 3, 3), dict(padding=1), id="channels"),
         pytest.param((2, 64, 6, 6), (64, 32, 3, 3), dict(padding=1, groups=2), id="groups"),
+        pytest.param((2, 64, 6, 6), (128, 4, 3, 3), dict(padding=1, groups=16), id="packed groups"),
+        pytest.param((3, 80, 7, 8), (80, 40, 3, 3), dict(padding=1, stride=2, groups=2), id="all groups packed"),
     ],
 )
 def test_descriptors_of_convolutions(
@@ -352,6 +356,26 @@ def test_descriptors_of_convolutions(
     eps = 2**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
     for name, a, b in zip(("y", "dx", "dw"), mine, right, strict=True):
         assert (a.double().cpu() - b).norm() <= 4 * eps * b.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_packed_groups_keep_infinities_to_themselves(
+    dtype: torch.dtype, stride: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a packed group's sum has a NaN, its members are summed up alone: a branch that finite data never take."""
+    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0)
+    x = torch.randn(4, 128, 17, 15, device=device).to(dtype, memory_format=torch.channels_last)
+    w = torch.randn(128, 4, 3, 3, device=device, dtype=dtype)
+    x[0, 5, 2, 2], x[1, 17, 4, 3], x[3, 127, 0, 0] = float("inf"), float("nan"), float("-inf")
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    y = FL.conv2d(x, w, None, stride, 1, 1, 32).double().cpu()
+    exact = F.conv2d(x.double().cpu(), w.double().cpu(), None, stride, 1, 1, 32)
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert torch.equal(y.isinf(), exact.isinf())
+    finite = exact.isfinite()
+    eps = 2**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert (y - exact)[finite].norm() <= 4 * eps * exact[finite].norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
