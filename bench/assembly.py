@@ -141,15 +141,16 @@ def kind(name: str) -> str:
 
 
 def main_loop(code: list[Instruction]) -> dict[str, int]:
-    """The instructions of the main loop by kind: the innermost loop with the most matrix instructions, or, where none has
-    any, the longest innermost loop. Empty for a kernel without loops."""
+    """The instructions of the main loop by kind: the innermost loop with the most matrix instructions, of several the first,
+    after which others are for the rare case; or, where none has any, the longest innermost loop. Empty for a kernel without
+    loops."""
     found = [body for body in loops(code) if len(body) > 1]
     matrix = {i for i, instruction in enumerate(code) if kind(instruction.name) == "matrix"}
     candidates = [body for body in found if body & matrix] or found
     innermost = [body for body in candidates if not any(other < body for other in candidates)]
     if not innermost:
         return {}
-    body = max(innermost, key=lambda body: (len(body & matrix), len(body)))
+    body = max(innermost, key=lambda body: (len(body & matrix), -min(body) if matrix else len(body)))
     return dict(sorted(collections.Counter(kind(code[i].name) for i in body).items()))
 
 

@@ -91,6 +91,8 @@ CONVOLUTIONS = [
     ((2, 3, 33, 32), (64, 3, 7, 7), dict(padding=3, stride=2)),
     ((2, 72, 6, 6), (40, 72, 3, 3), dict(padding=1)),
     ((2, 64, 6, 6), (64, 32, 3, 3), dict(padding=1, groups=2)),
+    ((2, 128, 6, 6), (256, 4, 3, 3), dict(padding=1, groups=32)),
+    ((3, 60, 7, 8), (60, 15, 3, 3), dict(padding=1, stride=2, groups=4)),
 ]
 
 
