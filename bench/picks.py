@@ -146,7 +146,7 @@ def _convolutions(device: _tiles.Device) -> Iterator[Job]:
     def boxes(weight_grad: bool) -> list[Way]:
         return [
             Way(f"boxes {size} {value_of(tile)}", dict(box=tile), boxes=True)
-            for (kind, size), tile in _tiles.boxes(device.architecture).items()
+            for (kind, size), tile in _tiles.box_tiles(device.architecture).items()
             if kind == "16" and size.startswith("weight") == weight_grad
         ]
 

@@ -493,7 +493,12 @@ _BOX = {
     ("tf32", "weight grad"): Tile(128, 64, 32, warps=8, stages=3),
     ("tf32", "weight grad, narrow"): Tile(64, 64, 32, warps=4, stages=3),
 }
-_BOX_ON = {"sm_100": {("tf32", "narrow"): Tile(64, 128, 32, warps=8, stages=4)}}
+_BOX_ON = {
+    "sm_100": {
+        ("tf32", "narrow"): Tile(64, 64, 32, warps=8, stages=4),
+        ("tf32", "small"): Tile(64, 64, 32, warps=8, stages=4),
+    },
+}
 _CHANNELS_LAST = {pitch: Tile(4096 // pitch, pitch, warps=8) for pitch in (1, 2, 4, 8, 16, 32, 64)}
 
 # Depthwise convolutions: m pixels, n channels; elements in a tile, by bytes of an element. In NCHW neighbouring threads
@@ -502,7 +507,8 @@ _DEPTHWISE_CHANNELS_LAST = {2: 2048, 4: 1024, 8: 512}
 _DEPTHWISE_NCHW = 256
 
 
-def boxes(architecture: str) -> dict[tuple[str, str], Tile]:
+@functools.cache
+def box_tiles(architecture: str) -> dict[tuple[str, str], Tile]:
     """The tiles of convolutions by boxes on one architecture."""
     return _BOX | _BOX_ON.get(architecture, {}) if architecture in BOX_ARCHITECTURES else {}
 
@@ -558,7 +564,7 @@ def conv_box(
     if "box" in forced:
         tile = forced["box"]
     else:
-        kind, tiles = _arithmetic(dtype, precision), boxes(device.architecture)
+        kind, tiles = _arithmetic(dtype, precision), box_tiles(device.architecture)
         pixels = images[0] * images[1] * images[2]
         for size in (("medium",) if crowded else ("large", "medium")) if channels > 64 else ("narrow",):
             tile = tiles[kind, size]
@@ -581,7 +587,7 @@ def conv_box_weight_grad(
     else:
         kind = _arithmetic(dtype, precision)
         size = ", narrow" if min(c, o) <= 64 else ", wide" if kind == "16" and o % 256 == 0 else ""
-        tile = boxes(device.architecture)[kind, f"weight grad{size}"]
+        tile = box_tiles(device.architecture)[kind, f"weight grad{size}"]
     shape = box(tile.k, images)
     steps = cdiv(images[0], shape[0]) * cdiv(images[1], shape[1]) * cdiv(images[2], shape[2])
     programs = cdiv(c, tile.m) * cdiv(o, tile.n) * copies

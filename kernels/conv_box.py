@@ -158,17 +158,6 @@ def _conv_box_kernel(
         S, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, STEP_H, STEP_W, INPUT_GRAD, 0, None,
         ACC, PRECISION, TILE_M, TILE_N, TILE_K,
     )  # fmt: skip
-    if OWN_C:  # noqa: SIM102, this one is decided when it is compiled
-        if tl.max((accumulator != accumulator).to(tl.int32)) > 0:
-            member_of = (first_m + tl.arange(0, TILE_M)) // OWN_O
-            for member in range(0, C // OWN_C):
-                alone = _sum_taps(
-                    x, w, first_n, top, left, first_c, first_o, first_m, first_r, first_s, taps, taps_w, C, x_w, w_tap,
-                    pad_h, pad_w, member, S, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, STEP_H, STEP_W, INPUT_GRAD, OWN_C,
-                    1, ACC, PRECISION, TILE_M, TILE_N, TILE_K,
-                )  # fmt: skip
-                accumulator = tl.where((member_of == member)[:, None], alone, accumulator)
-
     if RUN > 1:
         y_n, y_c, y_h, W = _multiple(y_n, RUN), _multiple(y_c, RUN), _multiple(y_h, RUN), _multiple(W, RUN)
     pixel = tl.arange(0, TILE_N)
@@ -177,6 +166,16 @@ def _conv_box_kernel(
     v = first_w + pixel % TILE_W
     m = first_m + tl.arange(0, TILE_M)
     inside = (m < O)[:, None] & ((n < N) & (h < H) & (v < W))[None, :]
+    if OWN_C:  # noqa: SIM102, this one is decided when it is compiled
+        if tl.max((inside & (accumulator != accumulator)).to(tl.int32)) > 0:
+            last_m = min(first_m + TILE_M, O) - 1
+            for member in range(first_m // OWN_O, last_m // OWN_O + 1):
+                alone = _sum_taps(
+                    x, w, first_n, top, left, first_c, first_o, first_m, first_r, first_s, taps, taps_w, C, x_w, w_tap,
+                    pad_h, pad_w, member, S, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, STEP_H, STEP_W, INPUT_GRAD, OWN_C,
+                    1, ACC, PRECISION, TILE_M, TILE_N, TILE_K,
+                )  # fmt: skip
+                accumulator = tl.where((m // OWN_O == member)[:, None], alone, accumulator)
     if WIDE:
         n, h, v, m = n.to(tl.int64), h.to(tl.int64), v.to(tl.int64), m.to(tl.int64)
     offsets = ((first_o + m) * y_c)[:, None] + (n * y_n + h * y_h + v * y_w)[None, :]
@@ -351,30 +350,32 @@ def _unpack(packed: torch.Tensor, w: torch.Tensor) -> None:
 def _pack_kernel(
     w_ptr, packed_ptr,
     ROWS, C, O, w_o, w_c, w_r, w_s,
-    R: tl.constexpr, S: tl.constexpr, MEMBERS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, MEMBERS: tl.constexpr, PITCH: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_M rows (o, r, s) of packed (ROWS, MEMBERS*C), with w's C channels where they belong and zeros at
-    those of the other members. O: what a member has of rows of w."""
+    """One program: TILE_M rows (o, r, s) of packed (ROWS, PITCH), with w's C channels where they belong among those of all
+    MEMBERS, and zeros elsewhere. O: what a member has of rows of w."""
     row = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     column = tl.arange(0, TILE_N)
     o = row // (R * S)
     c = column[None, :] - (o // O % MEMBERS * C)[:, None]
-    inside = (row < ROWS)[:, None] & (column < MEMBERS * C)[None, :]
+    inside = (row < ROWS)[:, None] & (column < PITCH)[None, :]
     w_row = o * w_o + row // S % R * w_r + row % S * w_s
     value = tl.load(w_ptr + (w_row[:, None] + c * w_c), mask=inside & (c >= 0) & (c < C), other=0.0)
-    tl.store(packed_ptr + (row[:, None] * (MEMBERS * C) + column[None, :]), value, mask=inside)
+    tl.store(packed_ptr + (row[:, None] * PITCH + column[None, :]), value, mask=inside)
 
 
-def _pack(w: torch.Tensor, groups: int, members: int) -> torch.Tensor:
-    """The weight (O, members*C, R, S), in channels_last, of the same convolution in groups/members groups, from w
-    (O, C, R, S) in `groups`."""
+def _pack(w: torch.Tensor, groups: int, members: int, step: int) -> torch.Tensor:
+    """The weight of the same convolution in groups/members groups, from w (O, C, R, S) in `groups`: (O, members*C, R, S) in
+    order (O, R, S, C), with zeros up to a multiple of `step` channels."""
     o, c, r, s = w.shape
-    packed = _launch.empty((o, r, s, members * c), dtype=w.dtype, device=w.device)
-    columns = 1 << (members * c - 1).bit_length()
+    packed = _launch.empty((o, r, s, _whole(members * c, step)), dtype=w.dtype, device=w.device)
+    pitch = packed.shape[3]
+    columns = 1 << (pitch - 1).bit_length()
     tile = _tiles.Tile(max(4096 // columns, 1), columns, warps=8)
     _launch.launch(
         _pack_kernel, _tiles.cdiv(o * r * s, tile.m), w, packed, o * r * s, c, o // groups, *w.stride(),
-        R=r, S=s, MEMBERS=members, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
+        R=r, S=s, MEMBERS=members, PITCH=pitch, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     return packed.permute(0, 3, 1, 2)
 
@@ -556,8 +557,7 @@ def _launch_box(
     if members == 0:
         return False  # a step of the sum would read the next group's channels
     own_o, own_c = (o, c) if members > 1 else (0, 0)
-    if members > 1:
-        w, groups, o, c = _pack(w, groups, members), groups // members, members * o, members * c
+    groups, o, c = groups // members, members * o, members * c
     x, wide = _operand(x, phases), _launch.wide(y)
     # Of the sum's steps none may reach into the next group, or out of a phase into the next one.
     reach = math.gcd(c, x.shape[1]) if groups > 1 else x.shape[1] if phases[1] > 1 else None
@@ -567,7 +567,8 @@ def _launch_box(
     )  # fmt: skip
     x_desc = _descriptor(x, [images, rows_h, rows_w, tile.k], phases)
     # What the last step over the channels of a tap reads beyond them must be zeros.
-    w = _weight_operand(w, 16 // w.element_size() if input_grad else tile.k)
+    step = 16 // w.element_size() if input_grad else tile.k
+    w = _weight_operand(w, step) if members == 1 else _pack(w, groups * members, members, step)
     w_desc, w_tap = _weight_descriptor(w, [tile.k, tile.m] if input_grad else [tile.m, tile.k])
     boxes = _tiles.cdiv(n, images)
     boxes *= _tiles.cdiv(_tiles.cdiv(h, classes[0]), rows_h) * _tiles.cdiv(_tiles.cdiv(v, classes[1]), rows_w)
@@ -615,7 +616,7 @@ def conv2d_weight_grad(
     unit = 16 // x.element_size()
     members = _tiles.packed_groups(groups, c, o, unit, unit)
     if members == 0:
-        return False  # a descriptor would read from the middle of a vector
+        return False  # a box would begin in the middle of a vector, which Triton's interpreter refuses
     own_o, own_c = (o, c) if members > 1 else (0, 0)
     groups, o, c = groups // members, members * o, members * c
     x, dz = _operand(x, stride), _operand(dz)

@@ -110,19 +110,22 @@ def test_cuda_takes_our_tensor_maps_of_images(
     leaves = [torch.empty(s, dtype=torch.half).to(memory_format=LAST).requires_grad_() for s in (x_shape, w_shape)]
     y = FL.conv2d(*leaves, **geometry)
     y.backward(torch.empty_like(y))
+    assert any(
+        kernel.startswith("conv_box_kernel") for kernel in fastlayers.explain(FL.conv2d, *leaves, **geometry)[0].kernels
+    )
     assert y.shape == F.conv2d(*(leaf.to("meta") for leaf in leaves), **geometry).shape
     assert cuda.stub_launches() - before >= 3
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in _tiles.boxes("sm_90") if not name[1].startswith("weight")], ids="/".join
+    "name", [name for name in _tiles.box_tiles("sm_90") if not name[1].startswith("weight")], ids="/".join
 )
 def test_cuda_takes_the_tensor_maps_of_every_box(name: tuple[str, str], cuda: Any) -> None:
     dtype = torch.float32 if name[0] == "tf32" else torch.half
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     for shape in ((300, 64, 7, 7), (4, 64, 56, 56)):
         x, w = (torch.empty(s, dtype=dtype).to(memory_format=LAST) for s in (shape, (64, 64, 3, 3)))
-        with _tiles.force(box=_tiles.boxes("sm_90")[name]):
+        with _tiles.force(box=_tiles.box_tiles("sm_90")[name]):
             FL.conv2d(x, w, padding=1)
 
 
