@@ -150,7 +150,7 @@ def main_loop(code: list[Instruction]) -> dict[str, int]:
     innermost = [body for body in candidates if not any(other < body for other in candidates)]
     if not innermost:
         return {}
-    body = max(innermost, key=lambda body: (len(body & matrix), -min(body) if matrix else len(body)))
+    body = max(innermost, key=lambda body: (len(body & matrix), -min(body) if body & matrix else len(body)))
     return dict(sorted(collections.Counter(kind(code[i].name) for i in body).items()))
 
 

@@ -621,6 +621,12 @@ def channels_last(pitch: int) -> Tile:
     return forced.get("channels_last", _CHANNELS_LAST[min(64, 1 << (pitch - 1).bit_length())])
 
 
+def packed_weight(pitch: int) -> Tile:
+    """(m rows, all of their n channels) at a time for the weight of packed groups."""
+    n = 1 << (pitch - 1).bit_length()
+    return Tile(max(4096 // n, 1), n, warps=8)
+
+
 def pointwise() -> Tile:
     return forced.get("pointwise", _POINTWISE)
 

@@ -371,8 +371,7 @@ def _pack(w: torch.Tensor, groups: int, members: int, step: int) -> torch.Tensor
     o, c, r, s = w.shape
     packed = _launch.empty((o, r, s, _whole(members * c, step)), dtype=w.dtype, device=w.device)
     pitch = packed.shape[3]
-    columns = 1 << (pitch - 1).bit_length()
-    tile = _tiles.Tile(max(4096 // columns, 1), columns, warps=8)
+    tile = _tiles.packed_weight(pitch)
     _launch.launch(
         _pack_kernel, _tiles.cdiv(o * r * s, tile.m), w, packed, o * r * s, c, o // groups, *w.stride(),
         R=r, S=s, MEMBERS=members, PITCH=pitch, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,

@@ -134,6 +134,17 @@ def test_without_matrix_instructions_the_longest_loop_counts() -> None:
     assert [assembly.kind(instruction.name) for instruction in code].count("local") == 1
 
 
+def test_of_several_products_the_first_counts() -> None:
+    """A second one is for the rare case. Where the products are in no loop, the longest loop counts as ever."""
+    loop = "/*{0:04x}*/ {1} ; /*{2:04x}*/ FADD R1, R1, R1 ; {3}/*{4:04x}*/ @P0 BRA 0x{0:x} ; "
+    first, longer = "HMMA.16816.F32 R4, R4, R8, R4", "/*0080*/ FADD R1, R1, R1 ; "
+    products = loop.format(0x10, first, 0x20, "", 0x30) + loop.format(0x60, first, 0x70, longer, 0x90)
+    assert assembly.main_loop(assembly.sass(products)) == {"control": 1, "float": 1, "matrix": 1}
+    add = "FADD R2, R2, R2"
+    none = f"/*0000*/ {first} ; " + loop.format(0x10, add, 0x20, "", 0x30) + loop.format(0x60, add, 0x70, longer, 0x90)
+    assert assembly.main_loop(assembly.sass(none)) == {"control": 1, "float": 3}
+
+
 def test_no_loop() -> None:
     assert assembly.main_loop(assembly.sass("/*0010*/ FADD R1, R1, R1 ; /*0020*/ EXIT ; /*0030*/ BRA 0x30;")) == {}
     assert assembly.main_loop([]) == {}
