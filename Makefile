@@ -3,12 +3,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test compile lint clean
+.PHONY: demo test slow machine coverage compile lint clean
 demo: $(VENV)/installed
 	$(BIN)/python -m fastlayers demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not slow and not long"
+
+# What `make test` leaves out, because it takes long and rarely tells anything new.
+slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto -m "slow and not long"
+
+# Every kernel's compiled code, run in the emulator of tests/ptx_machine; ONLY=half0 and ONLY=half1 are a half each.
+ONLY ?= half
+machine: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto -m long -k "$(ONLY)"
+
+# The same, of what is new; what has passed goes into tests/ptx_machine/coverage.json.
+coverage: $(VENV)/installed
+	$(BIN)/python tests/ptx_machine/update_coverage.py
 
 # The kernels compiled for six GPU generations, and their machine code compared with what is committed; needs no GPU.
 compile: $(VENV)/installed

@@ -9,7 +9,7 @@ COMMANDS = {
     "audit": "compile every kernel for every target and read the machine code; no GPU needed",
     "host": "the CPU's time for one call; no GPU needed",
     "run": "time everything on this machine's GPU (what no command means)",
-    "tune": "search tiles on this machine's GPU and write the rows of kernels/_tiles.py",
+    "tune": "search tiles on this machine's GPU and write the rows of kernels/runtime/tiles.py",
     "picks": "time every way to compute one thing on this machine's GPU beside the one that is picked",
     "report": "tables and plots from a file of results; no GPU needed",
 }

@@ -181,3 +181,32 @@ def matrix(code: list[Instruction]) -> dict[str, int]:
     """How many matrix instructions there are of each shape and dtype."""
     found = collections.Counter(instruction.name for instruction in code if kind(instruction.name) == "matrix")
     return dict(sorted(found.items()))
+
+
+def operands_read_twice(ttgir: str) -> list[str]:
+    """In Triton's GPU dialect, the buffers that an asynchronous product of sm_90 reads and from which threads load in the same
+    loop, too. The pipeliner (Triton 3.6, 3.7) makes one buffer too few for these, and the next fetch overwrites what the product
+    is still reading."""
+    found: list[str] = []
+    loops: list[
+        tuple[int, set[str], set[str]]
+    ] = []  # of each loop around a line: indentation, operands, buffers loaded
+
+    def close(indentation: int) -> None:
+        while loops and loops[-1][0] >= indentation:
+            _, operands, loaded = loops.pop()
+            found.extend(sorted(operands & loaded))
+
+    for line in ttgir.splitlines():
+        if not line.strip():
+            continue
+        indentation = len(line) - len(line.lstrip())
+        close(indentation)
+        if re.search(r"= scf\.for ", line):
+            loops.append((indentation, set(), set()))
+        elif loops and (match := re.search(r"ttng\.warp_group_dot (%[\w#]+), (%[\w#]+), .*isAsync = true", line)):
+            loops[-1][1].update(match.groups())
+        elif loops and (match := re.search(r"ttg\.local_load (%[\w#]+)", line)):
+            loops[-1][2].add(match[1])
+    close(0)
+    return found

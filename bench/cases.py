@@ -1,93 +1,36 @@
-"""What is compiled: every kernel at every tile that can be picked, as calls of the launchers on meta tensors."""
+"""What is compiled: every kernel at every tile that can be picked, as calls on meta tensors.
+
+Here stand calls of the launchers whose tiles, layouts and epilogues are more than layers of the catalog ask for. Kernels that
+none of them launches are found by calling the layers: see catalog_cases.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastlayers.kernels import _tiles, conv, conv_box, epilogues, matmul, pointwise, reduce, softmax
-from fastlayers.kernels._tiles import Product, Tile
-from fastlayers.testing import SPECS
+from fastlayers import catalog
+from fastlayers.kernels import epilogues, loss, norm, pointwise, reduce, softmax
+from fastlayers.kernels.conv import gather as conv
+from fastlayers.kernels.conv import layout
+from fastlayers.kernels.conv import tiles as conv_tiles
+from fastlayers.kernels.conv.geometry import Geometry
+from fastlayers.kernels.matmul import matmul
+from fastlayers.kernels.matmul import tiles as matmul_tiles
+from fastlayers.kernels.runtime import tiles as _tiles
+from fastlayers.ops.activation import Activation
 
-from .gpus import Work
+from . import catalog_cases
+from .case import TARGETS, Case
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+__all__ = ["TARGETS", "Case", "cases", "representative"]
 
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one tile: `call` launches it, and only what `kernel` names is compiled."""
-
-    name: str
-    kernel: str
-    dtype: torch.dtype
-    call: Callable[[], object]
-    force: dict[str, Tile | Product]
-    wide: bool = False
-    """Compiled for offsets of 64 bits."""
-
-    @property
-    def streams(self) -> bool:
-        """Whether memory alone decides the speed, so that every load and store must be 128 bits wide. Rows of up to 8
-        elements, which aren't aligned, can't be."""
-        rows = r"relu|softmax (grad )?(rows \d\d|blocks)"
-        images = r"to channels_last \d|depthwise (input grad )?\S+ stride \d channels_last"
-        return re.match(f"{rows}|{images}", self.name) is not None
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')}{' wide' * self.wide}"
-
-    @property
-    def arithmetic(self) -> str:
-        """The kind of it, as in kernels/_tiles.py. Strict float32 in several products of tensor cores counts as theirs."""
-        if self.dtype != torch.float32:
-            return "64" if self.dtype == torch.float64 else "16"
-        precisions = [getattr(self.call, "keywords", {}).get("precision")]
-        precisions += [getattr(tile, "precision", None) for tile in self.force.values()]
-        return "ieee" if {*precisions} <= {"ieee", None} else "tf32"
-
-    @functools.cached_property
-    def work(self) -> Work | None:
-        """What the whole call computes and moves, by the Spec of the layer that it is a direction of, if it is of one."""
-        return _work(self.call)
-
-
-def _work(call: Any) -> Work | None:
-    """From the launcher's arguments."""
-    args, keywords, nn = call.args, call.keywords, torch.nn
-    x, direction = args[0], "forward"
-    launcher = call.func.__name__
-    if launcher == "matmul":
-        name, make = "Linear", lambda: nn.Linear(args[1].shape[0], args[1].shape[1])
-    elif launcher.startswith("conv2d"):
-        # conv2d(x, w, ...), conv2d_input_grad(dz, w, dx), conv2d_weight_grad(dz, x, dw)
-        operands = {"conv2d": (0, 1, "forward"), "conv2d_input_grad": (2, 1, "input grad")}
-        image, weight, direction = operands.get(launcher, (1, 2, "weight grad"))
-        x, w = args[image], args[weight]
-        geometry = {key: keywords[key] for key in ("stride", "padding", "dilation", "groups")}
-        o, c, *kernel = w.shape
-        name, make = "Conv2d", lambda: nn.Conv2d(c * geometry["groups"], o, tuple(kernel), **geometry)
-    elif launcher in ("pointwise", "pointwise_grad", "activation_grad"):
-        name, make = "ReLU", nn.ReLU
-    elif launcher in ("softmax", "softmax_grad"):
-        name, make = "Softmax", lambda: nn.Softmax(args[-2])
-    else:
-        return None
-    if launcher.endswith("grad") and not launcher.startswith("conv2d"):
-        direction = "backward"
-    spec = next(spec for spec in SPECS if spec.name == name)
-    with torch.device("meta"):
-        layer: Any = make().to(x.dtype)
-    flops, elements = spec.flops(layer, x, direction), spec.elements(layer, x, direction)  # type: ignore[arg-type]
-    return Work(flops, elements * x.dtype.itemsize)
+RELU, GELU, GELU_TANH = Activation("relu"), Activation("gelu"), Activation("gelu_tanh")
 
 
 def _maker(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -104,22 +47,28 @@ _KINDS = {
 
 def _product_cases(target: str) -> Iterator[Case]:
     """matmul and convolution: three directions each at every tile, and the ways in which small tiles alone are used."""
-    for (kind, size), tile in _tiles.products(target).items():
+    for (kind, size), tile in matmul_tiles.products(target).items():
         precision = "tf32" if kind == "tf32" else "ieee"
         name = f"{kind}/{size} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}"
         for dtype in _KINDS[kind]:
-            calls = [("matmul", *call) for call in _matmul_calls(0, dtype, precision)]
-            boxes = target in _tiles.BOX_ARCHITECTURES and kind in ("16", "tf32")
-            # Where boxes are, pointers are for what is done before an operand is copied: _tiles.BOX_FLOPS.
+            calls = [("matmul", *call) for call in _matmul_calls(dtype, precision)]
+            calls += [
+                ("matmul unaligned", direction, kernel, call)
+                for direction, kernel, call in _matmul_calls(dtype, precision, columns=8)
+                if direction
+                in ("forward", "forward, added", "forward, gelu")  # only in these n isn't the row of an operand
+            ]
+            boxes = target in conv_tiles.BOX_ARCHITECTURES and kind in ("16", "tf32")
+            # Where boxes are, pointers are for what is done before an operand is copied: conv_tiles.BOX_FLOPS.
             channels, pixels = (64, 28) if boxes else (256, 56)
             calls += [("conv", *call) for call in _conv_calls(dtype, precision, channels, pixels)]
             # What _tiles never picks: a large tile for a convolution, or where rows of an operand are summed.
             if size == "large":
-                calls = [c for c in calls if c[0] == "matmul" and "bias grad" not in c[1]]
+                calls = [c for c in calls if c[0] != "conv" and "bias grad" not in c[1]]
             if size in ("medium", "skinny"):
-                calls = [c for c in calls if c[0] == "matmul" or c[1] != "weight grad"]
+                calls = [c for c in calls if c[0] != "conv" or c[1] != "weight grad"]
             if size == "gather":
-                calls += [("matmul odd", *call) for call in _matmul_calls(1, dtype, precision)]
+                calls += [("matmul odd", *call) for call in _matmul_calls(dtype, precision, 1, 1)]
                 if boxes:
                     calls += [("conv grouped", *call) for call in _grouped_calls(dtype, precision)]
                 else:
@@ -132,56 +81,60 @@ Call = tuple[str, str, Callable[[], object]]
 """Direction, kernel, and what launches it."""
 
 
-def _matmul_calls(odd: int, dtype: torch.dtype, precision: str) -> Iterator[Call]:
+def _matmul_calls(dtype: torch.dtype, precision: str, rows: int = 0, columns: int = 0) -> Iterator[Call]:
+    """Products of a (8192 + rows) x (4096 + rows) matrix and one with 4096 + columns columns. Triton specialises for sizes and
+    strides that 16 divides, and for no others."""
     t, product = _maker(dtype), functools.partial(matmul.matmul, precision=precision)
-    m, n, k = 8192 + odd, 4096 + odd, 4096 + odd
+    m, n, k = 8192 + rows, 4096 + columns, 4096 + rows
     kernel = "_matmul_kernel"
-    forward = functools.partial(product, t(m, k), t(n, k).T, bias=t(n), then="relu")
+    forward = functools.partial(product, t(m, k), t(n, k).T, bias=t(n), then=RELU)
     yield "forward", kernel, forward
     yield "forward, added", kernel, functools.partial(forward, add=t(m, n))
     yield "input grad", kernel, functools.partial(product, t(m, n), t(n, k))
-    undo = functools.partial(product, t(m, n), t(n, k), undo=("relu", t(m, k)))
+    undo = functools.partial(product, t(m, n), t(n, k), undo=(RELU, t(m, k)))
     yield "input grad, undo", kernel, undo
-    yield "input grad, undo, sums", kernel, functools.partial(undo, column_sums=dtype)
+    yield "input grad, undo, sums", kernel, functools.partial(undo, column_sums=t(k))
+    gelu = functools.partial(product, t(m, k), t(n, k).T, bias=t(n), then=GELU, z=t(m, n))
+    yield "forward, gelu", kernel, gelu
+    undo = functools.partial(product, t(m, n), t(n, k), undo=(GELU, t(m, k)))
+    yield "input grad, undo gelu", kernel, undo
+    yield "input grad, undo gelu, sums", kernel, functools.partial(undo, column_sums=t(k))
     weight_grad = functools.partial(product, t(m, n).T, t(m, k))
     yield "weight grad", kernel, weight_grad
-    yield "weight grad, bias grad", kernel, functools.partial(weight_grad, operand_sums=dtype)
+    yield "weight grad, bias grad", kernel, functools.partial(weight_grad, operand_sums=t(n))
 
 
 def _descriptor_cases(target: str) -> Iterator[Case]:
     """matmul behind tensor descriptors: every direction at every tile, alone, persistent, in shares of K, transposed."""
-    for kind, products in _tiles.descriptor_products(target).items():
+    for kind, products in matmul_tiles.descriptor_products(target).items():
         arithmetic = "16" if kind == "16" else "tf32"
         for product, dtype in ((product, dtype) for product in products for dtype in _KINDS[arithmetic]):
-            directions = ["forward", "forward, added", "input grad", "input grad, undo", "input grad, undo, sums"]
-            directions += ["weight grad", "weight grad, bias grad"]
-            if product.programs:
-                directions = ["forward", "forward, added", "input grad, undo", "input grad, undo, sums"]
-            elif product.transposed:
-                directions = ["forward", "forward, added", "input grad, undo"]
-            elif product.splits > 1:
+            directions = ["forward", "forward, added", "input grad, undo", "forward, gelu", "input grad, undo gelu"]
+            if not product.transposed:
+                directions += ["input grad, undo, sums", "input grad, undo gelu, sums"]
+            if not (product.transposed or product.programs):
+                directions += ["input grad", "weight grad", "weight grad, bias grad"]
+            if product.splits > 1:
                 directions = ["forward", "input grad", "weight grad, bias grad"]
             tile, how = product.tile, " transposed" * product.transposed + " persistent" * (product.programs > 0)
             name = (
                 f"{kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}{how}{' shared' * (product.splits > 1)}"
             )
-            for direction, _, call in _matmul_calls(0, dtype, "ieee" if arithmetic == "16" else kind):
-                if direction in directions:
-                    yield Case(
-                        f"matmul tma {direction} {name}",
-                        "_matmul_tma_kernel",
-                        dtype,
-                        call,
-                        dict(matmul=product),
-                    )
+            precision = "ieee" if arithmetic == "16" else kind
+            # Descriptors take rows of multiples of 16 bytes, so of 8 elements or 4.
+            for alignment, extra in (("", 0), (" unaligned", 8)):
+                for direction, _, call in _matmul_calls(dtype, precision, extra, extra):
+                    if direction in directions:
+                        label = f"matmul tma{alignment} {direction} {name}"
+                        yield Case(label, "_matmul_tma_kernel", dtype, call, dict(matmul=product))
 
 
 def _specialized_cases() -> Iterator[Case]:
     """matmul by warps with a job each, in all layouts of its operands."""
-    product = _tiles.specialized(_tiles.Device("sm_90", 132))
+    product = matmul_tiles.specialized(_tiles.Device("sm_90", 132))
     tile = product.tile
     for dtype in _KINDS["16"]:
-        for direction, _, call in _matmul_calls(0, dtype, "ieee"):
+        for direction, _, call in _matmul_calls(dtype, "ieee"):
             if direction in ("forward", "input grad", "weight grad"):
                 name = f"matmul specialized {direction} 16 {tile.m}x{tile.n}x{tile.k} s{tile.stages}"
                 kernel = "_matmul_specialized_kernel"
@@ -193,9 +146,10 @@ def _conv_calls(dtype: torch.dtype, precision: str, c: int, size: int) -> Iterat
     geometry = _geometry(2, 1, precision)
     x, y = t(32, c, size, size).to(memory_format=last), t(32, c, size // 2, size // 2).to(memory_format=last)
     w = t(c, c, 3, 3).to(memory_format=last)
-    forward = functools.partial(conv.conv2d, x, w, t(c), y, then="relu", **geometry)
+    forward = functools.partial(conv.conv2d, x, w, t(c), y, then=RELU, **geometry)
     yield "forward", "_conv_kernel", forward
     yield "forward, added", "_conv_kernel", functools.partial(forward, residual=y)
+    yield "forward, gelu", "_conv_kernel", functools.partial(forward, then=GELU)
     yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
     yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
 
@@ -215,18 +169,18 @@ def _grouped_calls(dtype: torch.dtype, precision: str) -> Iterator[Call]:
     geometry = _geometry(2, 1, precision, groups=32)
     x, y = t(32, 160, 56, 56).to(memory_format=last), t(32, 160, 28, 28).to(memory_format=last)
     w = t(160, 5, 3, 3).to(memory_format=last)
-    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(160), y, then="relu", **geometry)
+    yield "forward", "_conv_kernel", functools.partial(conv.conv2d, x, w, t(160), y, then=RELU, **geometry)
     yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
 
 
 def _geometry(stride: int, padding: int, precision: str, groups: int = 1) -> dict[str, Any]:
-    pairs = dict(stride=(stride, stride), padding=(padding, padding), dilation=(1, 1))
-    return dict(**pairs, groups=groups, precision=precision)
+    pads = padding, padding
+    return dict(geometry=Geometry((stride, stride), pads, pads, (1, 1), groups), precision=precision)
 
 
 def _box_cases(target: str) -> Iterator[Case]:
     """Convolutions through descriptors, at every tile: both strides, few channels, results in NCHW."""
-    for (kind, size), tile in _tiles.box_tiles(target).items():
+    for (kind, size), tile in conv_tiles.box_tiles(target).items():
         for dtype in _KINDS[kind]:
             calls = _box_weight_grad_calls(dtype) if size.startswith("weight") else _box_calls(dtype)
             for direction, kernel, call in calls:
@@ -242,9 +196,10 @@ def _box_calls(dtype: torch.dtype) -> Iterator[Call]:
     x, half, planes = t(32, 256, 56, 56), t(32, 256, 28, 28), t(32, 256, 56, 56)
     x, half, w = (tensor.to(memory_format=last) for tensor in (x, half, w))
     once, twice = _geometry(1, 1, "tf32"), _geometry(2, 1, "tf32")
-    forward = functools.partial(conv.conv2d, x, w, t(256), then="relu", norm=norm)
+    forward = functools.partial(conv.conv2d, x, w, t(256), then=RELU, norm=norm)
     yield "forward", kernel, functools.partial(forward, x, **once)
     yield "forward, NCHW", kernel, functools.partial(forward, planes, **once)
+    yield "forward, gelu", kernel, functools.partial(forward, x, **{**once, "then": GELU})
     yield "forward, added", kernel, functools.partial(forward, x, residual=x, **once)
     yield "forward, NCHW, added", kernel, functools.partial(forward, planes, residual=planes, **once)
     yield "forward, stride 2", kernel, functools.partial(forward, half, **twice)
@@ -258,14 +213,14 @@ def _box_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield "forward, 16 channels", kernel, call
     once, twice = _geometry(1, 1, "tf32", groups=32), _geometry(2, 1, "tf32", groups=32)
     w = t(256, 8, 3, 3)
-    yield "forward, packed", kernel, functools.partial(conv.conv2d, x, w, t(256), x, then="relu", norm=norm, **once)
-    yield "forward, packed, stride 2", kernel, functools.partial(conv.conv2d, x, w, t(256), half, then="relu", **twice)
+    yield "forward, packed", kernel, functools.partial(conv.conv2d, x, w, t(256), x, then=RELU, norm=norm, **once)
+    yield "forward, packed, stride 2", kernel, functools.partial(conv.conv2d, x, w, t(256), half, then=RELU, **twice)
     yield "input grad, packed", kernel, functools.partial(conv.conv2d_input_grad, x, w, x, **once)
     yield "input grad, packed, stride 2", kernel, functools.partial(conv.conv2d_input_grad, half, w, x, **twice)
     # Groups of six: short steps of the sum, and no division by a member's channels is a shift.
     x, half, w = t(32, 192, 56, 56).to(memory_format=last), t(32, 192, 28, 28).to(memory_format=last), t(192, 6, 3, 3)
     norm = epilogues.Norm(t(192), t(192), t(192), t(192), 1e-5)
-    forward = functools.partial(conv.conv2d, x, w, t(192), half, then="relu", norm=norm, residual=half)
+    forward = functools.partial(conv.conv2d, x, w, t(192), half, then=RELU, norm=norm, residual=half)
     yield "forward, packed sixes, added, stride 2", kernel, functools.partial(forward, **twice)
     yield "input grad, packed sixes, stride 2", kernel, functools.partial(conv.conv2d_input_grad, half, w, x, **twice)
 
@@ -283,78 +238,117 @@ def _box_weight_grad_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _depthwise_calls(dtype: torch.dtype) -> Iterator[Call]:
-    t = _maker(dtype)
-    for layout, format in (("channels_last", torch.channels_last), ("NCHW", torch.contiguous_format)):
+    for order, format in (("channels_last", torch.channels_last), ("NCHW", torch.contiguous_format)):
         for size, stride in ((3, 1), (3, 2), (7, 1)):
-            geometry = _geometry(stride, size // 2, "ieee", groups=256)
-            x, y = (t(32, 256, n, n).to(memory_format=format) for n in (56, 56 // stride))
-            w, name = t(256, 1, size, size), f"{size}x{size} stride {stride} {layout}"
-            kernel, gradient = "_depthwise_kernel", "_depthwise_weight_grad_kernel"
-            forward = functools.partial(conv.conv2d, x, w, t(256), y, then="relu", **geometry)
-            yield f"depthwise {name}", kernel, forward
-            yield f"depthwise input grad {name}", kernel, functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
-            call = functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
-            yield f"depthwise weight grad {name}", gradient, call
+            yield from _depthwise(dtype, 256, size, stride, format, f"{size}x{size} stride {stride} {order}")
+    for size in (3, 7):  # of channels that can't be loaded 128 bits at a time
+        yield from _depthwise(dtype, 24, size, 1, torch.channels_last, f"of 24 channels {size}x{size}")
+
+
+def _depthwise(
+    dtype: torch.dtype, channels: int, size: int, stride: int, format: torch.memory_format, name: str
+) -> Iterator[Call]:
+    t, geometry = _maker(dtype), _geometry(stride, size // 2, "ieee", groups=channels)
+    x, y = (t(32, channels, n, n).to(memory_format=format) for n in (56, 56 // stride))
+    w = t(channels, 1, size, size)
+    kernel, gradient = "_depthwise_kernel", "_depthwise_weight_grad_kernel"
+    forward = functools.partial(conv.conv2d, x, w, t(channels), y, then=RELU, **geometry)
+    yield f"depthwise {name}", kernel, forward
+    if size == 7:
+        yield f"depthwise {name} gelu", kernel, functools.partial(forward, then=GELU)
+    yield f"depthwise input grad {name}", kernel, functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
+    call = functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
+    yield f"depthwise weight grad {name}", gradient, call
 
 
 def _conversion_calls(dtype: torch.dtype) -> Iterator[Call]:
     for channels in (256, 48, 16, 8):
         x = _maker(dtype)(32, channels, 56, 56)
-        yield f"to channels_last {channels}", "_channels_last_kernel", functools.partial(conv_box.channels_last, x)
-    pack = functools.partial(conv_box._pack, _maker(dtype)(1024, 8, 3, 3), 128, 8, 64)
+        yield f"to channels_last {channels}", "_channels_last_kernel", functools.partial(layout.channels_last, x)
+    pack = functools.partial(layout.pack_weight, _maker(dtype)(1024, 8, 3, 3), 128, 8, 64)
     yield "packed weight", "_pack_kernel", pack
     images = _maker(dtype)(32, 3, 224, 224)
-    copy = functools.partial(conv_box.channels_last, images, pitch=4, size=(224, 240), left=3)
+    copy = functools.partial(layout.channels_last, images, pitch=4, size=(224, 240), left=3)
     yield "to channels_last, first layer", "_channels_last_kernel", copy
 
 
-def _memory_cases() -> Iterator[Case]:
+def _memory_cases(target: str) -> Iterator[Case]:
     """The memory-bound kernels: pointwise, reductions, softmax."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for name, kernel, call in _memory_calls(dtype):
+        for name, kernel, call in _memory_calls(dtype, _tiles.Device(target, 132).most_warps):
             yield Case(name, kernel, dtype, call, {})
 
 
-def _memory_calls(dtype: torch.dtype) -> Iterator[Call]:
+def _memory_calls(dtype: torch.dtype, warps: int) -> Iterator[Call]:
     yield from _depthwise_calls(dtype)
     yield from _conversion_calls(dtype)
     t, accumulate = _maker(dtype), torch.promote_types(dtype, torch.float32)
     x = t(4096, 4096)
-    yield "relu", "_pointwise_kernel", functools.partial(pointwise.pointwise, x, "relu")
-    yield "relu grad", "_pointwise_grad_kernel", functools.partial(pointwise.pointwise_grad, x, x, "relu")
-    for layout, y in (("rows", x[None]), ("columns", x[None].mT)):
-        call = functools.partial(reduce.activation_grad, y, undo=("relu", y), column_sums=dtype)
-        yield f"activation grad {layout}", "_activation_grad_kernel", call
+    yield "relu", "_pointwise_kernel", functools.partial(pointwise.pointwise, x, x, RELU)
+    yield "relu grad", "_pointwise_grad_kernel", functools.partial(pointwise.pointwise_grad, x, x, x, RELU)
+    for activation in (GELU, GELU_TANH):
+        name = activation.function
+        yield name, "_pointwise_kernel", functools.partial(pointwise.pointwise, x, x, activation)
+        call = functools.partial(pointwise.pointwise_grad, x, x, x, activation)
+        yield f"{name} grad", "_pointwise_grad_kernel", call
+    for order, y in (("rows", x[None]), ("columns", x[None].mT)):
+        call = functools.partial(reduce.activation_grad, y, y, RELU, y, t(4096))
+        yield f"activation grad {order}", "_activation_grad_kernel", call
+        for size, odd in (
+            ("", y),
+            (" of odd length", t(4097, 4097)[None] if order == "rows" else t(4097, 4097)[None].mT),
+        ):
+            for gelu in (GELU, GELU_TANH):
+                call = functools.partial(reduce.activation_grad, odd, odd, gelu, odd, t(odd.shape[2]))
+                yield f"activation grad {order}{size}, {gelu.function}", "_activation_grad_kernel", call
     for count in (8, 64):
         partials = _maker(accumulate)(count, 512, 512)
-        call = functools.partial(reduce.sum_partials, partials, t(512, 512), bias=t(512), then="relu")
+        call = functools.partial(reduce.sum_partials, partials, t(512, 512), bias=t(512), then=RELU)
         yield f"sum partials {count}", "_sum_partials_kernel", call
         yield f"sum partials {count}, added", "_sum_partials_kernel", functools.partial(call, add=t(512, 512))
+        gelu = functools.partial(call, then=GELU, z=t(512, 512))
+        yield f"sum partials {count}, gelu", "_sum_partials_kernel", gelu
+        undo = functools.partial(reduce.sum_partials, partials, t(512, 512), undo=(GELU, t(512, 512)))
+        yield f"sum partials {count}, undo gelu", "_sum_partials_kernel", undo
         call = functools.partial(reduce.sum_partials, _maker(accumulate)(count, 512), t(512))
         yield f"sum partials {count}, one row", "_sum_partials_kernel", call
-    rows = {f"rows {d}": ("rows", t(4096, d)) for d in _tiles._SOFTMAX_ROWS}
+    rows = {f"rows {d}": ("rows", t(4096, d)) for d in softmax._SOFTMAX_ROWS}
     shapes = dict(long=(64, 131072), few=(64, 512, 16), short=(64, 32, 4096), tall=(64, 512, 4096), one=(64, 128, 4096))
     blocks = {f"blocks {name}": ("blocks", t(*shape)) for name, shape in shapes.items()}
     for name, (design, x) in (rows | blocks).items():
-        forward = functools.partial(softmax.softmax, x, 1, dtype)
-        backward = functools.partial(softmax.softmax_grad, x, x, 1, dtype)
-        if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate):
+        forward = functools.partial(softmax.softmax, x, x, 1)
+        backward = functools.partial(softmax.softmax_grad, x, x, x, 1)
+        if design == "blocks" or softmax.rows_tile(x.shape[1], accumulate, most_warps=warps):
             yield f"softmax {name}", f"_softmax_{design}_kernel", forward
-        if design == "blocks" or _tiles.softmax_rows(x.shape[1], accumulate, gradient=True):
+            if name in _LOGARITHMS:
+                log = functools.partial(softmax.softmax, x, x, 1, log=True)
+                yield f"log softmax {name}", f"_softmax_{design}_kernel", log
+        if design == "blocks" or softmax.rows_tile(x.shape[1], accumulate, gradient=True, most_warps=warps):
             yield f"softmax grad {name}", f"_softmax_{design}_grad_kernel", backward
+            if name in _LOGARITHMS:
+                log = functools.partial(softmax.softmax_grad, x, x, x, 1, log=True)
+                yield f"log softmax grad {name}", f"_softmax_{design}_grad_kernel", log
+
+
+_LOGARITHMS = ("rows 8192", "rows 16384", "rows 32768", "blocks tall")
+"""The largest tiles of softmax, which are compiled for its logarithm as well."""
 
 
 @functools.cache
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
-    narrow = [*_product_cases(target), *_descriptor_cases(target), *_box_cases(target), *_memory_cases()]
+    narrow = [*_product_cases(target), *_descriptor_cases(target), *_box_cases(target), *_memory_cases(target)]
+    narrow += _loss_cases()
+    narrow += _norm_cases()
     if target == "sm_90":
         narrow += _specialized_cases()
+    narrow += catalog_cases.cases(target, narrow)
     return narrow + [
         dataclasses.replace(case, wide=True)
         for case in narrow
         if case.dtype in (torch.bfloat16, torch.float32)
-        and case.kernel != "_pack_kernel"  # whose offsets always are
+        and case.can_be_wide
+        and case.kernel not in ("_pack_kernel", "_sum_losses_kernel")  # whose offsets always are, or never
         and (
             not case.force
             or "/gather" in case.name
@@ -368,10 +362,12 @@ def representative(case: Case, target: str) -> bool:
     """Whether a case is in the audit that CI runs, which must end within minutes. The rule:
 
     - one dtype for each kind of arithmetic: not float16, whose code is bfloat16's with other names in it;
-    - on sm_90 everything in bfloat16, TF32 and what memory decides, of strict float32 half, of float64 and 64-bit offsets
-      an eighth;
-    - on the other targets a sixth of what is in bfloat16, TF32 and what memory decides, and nothing of the rest; on
-      sm_86 and sm_89, which have sm_80's instructions and less memory, a twenty-fourth;
+    - on sm_90 everything in bfloat16 and TF32 that this file lists; of strict float32 a quarter, as of GELU's products, whose
+      main loops are those of ReLU's, and of what is listed for every length of a row (norms, cross entropy, softmax); of what
+      follows from the catalog, hundreds of small kernels, a sixth; of float64 and 64-bit offsets an eighth;
+    - of products with rows that 16 doesn't divide an eighth, and half of the persistent ones, which fill the shared memory;
+    - on the other targets an eighth of what is in bfloat16, TF32 and what memory decides, and nothing of the rest; of what
+      follows from the catalog, and on sm_86 and sm_89, which have sm_80's instructions and less memory, a forty-eighth;
     - which ones is decided by a checksum of their names, so that a new case changes nothing for the others;
     - of every kernel at least one.
     """
@@ -380,15 +376,27 @@ def representative(case: Case, target: str) -> bool:
 
 @functools.cache
 def _representative(target: str) -> frozenset[str]:
+    layers = {row.name for row in catalog.ROWS}
+
     def share(case: Case) -> int:
         """One of how many."""
         if case.dtype == torch.float16:
             return 0
-        rare = case.wide or case.dtype == torch.float64
+        family = case.name.split()[0]
+        unaligned = "unaligned" in case.name
+        rare = case.wide or case.dtype == torch.float64 or (unaligned and "persistent" not in case.name)
         strict = case.arithmetic == "ieee" and bool(case.force)
         if target == "sm_90":
-            return 8 if rare else 2 if strict else 1
-        return 0 if rare or strict else 24 if target in ("sm_86", "sm_89") else 6
+            if rare or family in layers:
+                return 8 if rare else 6
+            if (
+                strict
+                or ("gelu" in case.name and bool(case.force))
+                or family in ("cross", "layer", "rms", "softmax", "log")
+            ):
+                return 4
+            return 2 if unaligned else 1
+        return 0 if rare or strict else 48 if family in layers or target in ("sm_86", "sm_89") else 8
 
     shares = [(case, share(case)) for case in cases(target)]
     chosen = [c for c, one_in in shares if one_in and zlib.crc32(c.label.encode()) % one_in == 0]
@@ -398,3 +406,83 @@ def _representative(target: str) -> frozenset[str]:
             chosen.append(case)
             seen.add(case.kernel)
     return frozenset(case.label for case in chosen)
+
+
+def _loss_cases() -> Iterator[Case]:
+    """Cross entropy: vocabularies, few and short rows, images; rows whose length no vector divides."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for name, kernel, call in _cross_entropy_calls(dtype):
+            yield Case(name, kernel, dtype, call, {})
+
+
+def _cross_entropy_calls(dtype: torch.dtype) -> Iterator[Call]:
+    t, accumulate = _maker(dtype), _maker(torch.promote_types(dtype, torch.float32))
+    logits = {
+        "vocabulary": t(8192, 128256), "odd vocabulary": t(8192, 50257), "few rows": t(64, 128256),
+        "rows 1000": t(65536, 1000), "rows 10": t(1048576, 10), "rows 2": t(1048576, 2), "rows 128": t(65536, 128),
+        "images": t(16, 21, 512, 512), "images 150": t(16, 150, 512, 512), "few images": t(1, 21, 64, 64),
+        "odd images": t(16, 21, 129, 129), "channels_last images": t(16, 24, 512, 512).to(memory_format=torch.channels_last),
+    }  # fmt: skip
+    for name, x in logits.items():
+        classes = torch.empty(x.shape[:1] + x.shape[2:], dtype=torch.int64, device="meta")
+        ways = [("", classes, None, 0.0), (" probabilities", x, t(x.shape[1]), 0.1)]
+        if name in ("vocabulary", "odd vocabulary", "rows 1000", "rows 128", "images", "images 150"):
+            ways.insert(1, (" smoothed, weighted", classes, t(x.shape[1]), 0.1))
+        if name == "odd vocabulary":
+            ways.insert(1, (" smoothed", classes, None, 0.1))
+        for way, target, weight, smoothing in ways:
+            options: dict[str, Any] = dict(ignore_index=-100, reduction="mean", label_smoothing=smoothing)
+            shape = loss.statistics_shape(
+                x.shape, weighted=weight is not None, label_smoothing=smoothing, probabilities=target is x
+            )
+            statistics = None if shape is None else accumulate(*shape)
+            given = (x, target, weight, accumulate() if target is classes else None, statistics)
+            forward = functools.partial(loss.cross_entropy, x, target, weight, t(), *given[3:], **options)
+            yield f"cross entropy{way} {name}", "_cross_entropy_kernel", forward
+            dx = torch.empty(x.shape, dtype=dtype, device="meta")
+            dtarget = torch.empty(x.shape, dtype=dtype, device="meta") if target is x else None
+            backward = functools.partial(loss.cross_entropy_grad, t(), *given, dx, dtarget, **options)
+            yield f"cross entropy grad{way} {name}", "_cross_entropy_grad_kernel", backward
+            if name == "vocabulary" and not way:
+                yield "cross entropy sum", "_sum_losses_kernel", forward
+
+
+def _norm_cases() -> Iterator[Case]:
+    """Layer and RMS normalisation: every length of rows that has a tile, longer ones, and ones that 16 doesn't divide."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        accumulate = torch.promote_types(dtype, torch.float32)
+        whole = {"rows": norm._ROWS[accumulate], "grad": norm._ROWS_GRAD[accumulate]}
+        # The longest of an odd length are worked through in blocks, where even ones have as many warps as there can be.
+        odd = {what: [1001, max(tile.n for tile in tiles if tile.warps < 16) - 1] for what, tiles in whole.items()}
+        sizes = {what: [*(tile.n for tile in tiles), 1000, *odd[what]] for what, tiles in whole.items()}
+        for center, added in ((True, False), (True, True), (False, False), (False, True)):
+            name = ("layer" if center else "rms") + " norm{} {}" + ", added" * added
+            for size in sizes["rows"] if center or not added else ():
+                forward, _ = _norm_calls(size, dtype, center, added)
+                rows = size % 2 == 0 or size < 8192  # longer ones of odd length take blocks where offsets have 64 bits
+                yield Case(name.format("", size), "_layer_norm_rows_kernel", dtype, forward, {}, can_be_wide=rows)
+            for size in sizes["grad"] if added else ():
+                _, backward = _norm_calls(size, dtype, center, added)
+                yield Case(name.format(" grad", size), "_layer_norm_grad_kernel", dtype, backward, {})
+        for size in (65536, 65535):
+            forward, backward = _norm_calls(size, dtype, True, True)
+            yield Case(f"layer norm blocks {size}, added", "_layer_norm_blocks_kernel", dtype, forward, {})
+            yield Case(f"layer norm grad means {size}", "_layer_norm_grad_means_kernel", dtype, backward, {})
+            yield Case(f"layer norm grad blocks {size}, added", "_layer_norm_grad_kernel", dtype, backward, {})
+            forward, backward = _norm_calls(size, dtype, False, False)
+            yield Case(f"rms norm blocks {size}", "_layer_norm_blocks_kernel", dtype, forward, {})
+            yield Case(f"rms norm grad means {size}", "_layer_norm_grad_means_kernel", dtype, backward, {})
+
+
+def _norm_calls(
+    size: int, dtype: torch.dtype, center: bool, added: bool
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward and backward of 4096 rows; `added`: a residual, and the gradient of its sum."""
+    t, statistics = _maker(dtype), _maker(torch.promote_types(dtype, torch.float32))
+    x, w, rstd = t(4096, size), t(size), statistics(4096)
+    bias, mean = (w, rstd) if center else (None, None)
+    other = x if added else None
+    forward = functools.partial(norm.layer_norm, x, other, w, bias, x, other, mean, rstd, size, 1e-5, center)
+    gradients = (x, w, bias)
+    backward = functools.partial(norm.layer_norm_grad, x, other, x, w, mean, rstd, *gradients, size, center)
+    return forward, backward

@@ -1,4 +1,4 @@
-"""What one call costs on the CPU, against torch's: door, autograd.Function, launcher, everything but the driver.
+"""What one call costs on the CPU, against torch's: dispatch, autograd.Function, launcher, everything but the driver.
 
     python -m bench host [--match linear] [--rounds 60] [--json FILE]
 
@@ -22,7 +22,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,13 @@ from triton.runtime.driver import driver
 
 import fastlayers
 import fastlayers.functional as FL
-from fastlayers import _dispatch, nn
-from fastlayers.kernels import _launch, _tiles
+from fastlayers import nn
+from fastlayers._torch import unseen
+from fastlayers.catalog import ROWS, Case, Floats
+from fastlayers.catalog.row import case
+from fastlayers.dispatch import support
+from fastlayers.kernels.runtime import launch as _launch
+from fastlayers.kernels.runtime import tiles as _tiles
 from fastlayers.ops import linear as linear_op
 
 from . import networks
@@ -99,20 +104,20 @@ def stubbed() -> Iterator[None]:
     if _launch.INTERPRETED:
         raise RuntimeError("under TRITON_INTERPRET=1 there is no launch to time")
     annotation = getattr(nvidia, "PyKernelArg", None)  # a class in C, loaded with CUDA's library
-    before = _dispatch._why_not_device, _tiles.device, driver._active
-    _dispatch._why_not_device = lambda device: None
+    before = support.unsupported_device, _tiles.device, driver._active
+    support.unsupported_device = lambda device: None
     _tiles.device = lambda device: _tiles.Device("sm_90", 132)  # type: ignore[assignment]
     nvidia.PyKernelArg = lambda **_: None  # type: ignore[assignment]
     driver.set_active(StubDriver())  # type: ignore[arg-type]
     try:
         yield
     finally:
-        _dispatch._why_not_device, _tiles.device, driver._active = before
+        support.unsupported_device, _tiles.device, driver._active = before
         nvidia.PyKernelArg = annotation
 
 
 @dataclass(frozen=True)
-class Case:
+class Pair:
     """The same work by torch and by us, and how often torch's time ours may be (None: no goal)."""
 
     name: str
@@ -129,7 +134,7 @@ def _no_grad(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def _backward(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], object]:
+def _backward(call: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]) -> Callable[[], object]:
     dy = torch.randn_like(call())
 
     def step() -> None:
@@ -140,31 +145,92 @@ def _backward(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> C
     return step
 
 
-def _family(name: str, theirs: Callable[..., Any], ours: Callable[..., Any], *tensors: torch.Tensor) -> list[Case]:
-    """Forward without and with a graph, forward and backward of one function of some tensors."""
-    plain = [t.detach().requires_grad_(False) for t in tensors]
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+def _arguments(case: Case, grad: bool) -> list[Any]:
+    """The inputs, those of random numbers as leaves of autograd's graph if `grad`."""
+    arguments = case.arguments(torch.float32)
+    for given, argument in zip(case.inputs, arguments, strict=True):
+        if grad and isinstance(given, Floats):
+            argument.requires_grad_()
+    return arguments
+
+
+def _call_within(case: Case, function: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments with which torch.nn's layer calls torch.nn.functional's `function`; None if it doesn't call it."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    original = getattr(F, function)
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    setattr(F, function, note)
+    try:
+        case.make(torch.nn)(*_arguments(case, grad=True))
+    finally:
+        setattr(F, function, original)
+    return seen[0] if seen else None
+
+
+def _function(name: str, case: Case, function: str) -> list[Pair]:
+    """Forward without and with a graph, forward and backward of the function that a layer calls."""
+    found = _call_within(case, function)
+    if found is None:
+        return []
+    args, kwargs = found
+
+    def with_leaves(grad: bool) -> tuple[list[Any], dict[str, Any], list[torch.Tensor]]:
+        leaves: list[torch.Tensor] = []
+
+        def leaf(given: Any) -> Any:
+            if not (isinstance(given, torch.Tensor) and given.requires_grad):
+                return given
+            leaves.append(given.detach().clone().requires_grad_(grad))
+            return leaves[-1]
+
+        return [leaf(given) for given in args], {key: leaf(given) for key, given in kwargs.items()}, leaves
+
+    def calls(grad: bool) -> tuple[Callable[[], Any], Callable[[], Any], list[torch.Tensor]]:
+        given, named, leaves = with_leaves(grad)
+        theirs, ours = getattr(F, function), getattr(FL, function)
+        return functools.partial(theirs, *given, **named), functools.partial(ours, *given, **named), leaves
+
+    plain, recorded = calls(False), calls(True)
+    steps = [_backward(call, recorded[2]) for call in recorded[:2]]
     return [
-        Case(f"{name} forward", lambda: theirs(*plain), lambda: ours(*plain), 1.3),
-        Case(f"{name} forward, graph recorded", lambda: theirs(*leaves), lambda: ours(*leaves), 1.3),
-        Case(
-            f"{name} forward + backward",
-            _backward(lambda: theirs(*leaves), leaves),
-            _backward(lambda: ours(*leaves), leaves),
-            1.2,
-        ),
+        Pair(f"{name} forward", *plain[:2], goal=1.3),
+        Pair(f"{name} forward, graph recorded", *recorded[:2], goal=1.3),
+        Pair(f"{name} forward + backward", *steps, goal=1.2),
     ]
 
 
-def _layer(name: str, make: Callable[[Any], torch.nn.Module], x: torch.Tensor) -> list[Case]:
-    """The same of a module, as most call it."""
-    frozen = [make(space).requires_grad_(False) for space in (torch.nn, nn)]
-    trained = [make(space) for space in (torch.nn, nn)]
-    steps = [_backward(functools.partial(layer, x), [*layer.parameters()]) for layer in trained]
+def _layer(name: str, case: Case) -> list[Pair]:
+    """The same of a layer, as most call it. Only its parameters have gradients, or its inputs if it has none."""
+
+    def made(space: Any, grad: bool) -> tuple[Callable[[], Any], Sequence[torch.Tensor]]:
+        layer = case.make(space)
+        parameters = [*layer.parameters()] if isinstance(layer, torch.nn.Module) else []
+        for parameter in parameters:
+            parameter.requires_grad_(grad)
+        arguments = _arguments(case, grad and not parameters)
+        leaves = parameters or [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
+        return functools.partial(layer, *arguments), leaves
+
+    frozen = [made(space, False)[0] for space in (torch.nn, nn)]
+    steps = [_backward(*made(space, True)) for space in (torch.nn, nn)]
     return [
-        Case(f"{name} layer forward", *[functools.partial(layer, x) for layer in frozen], goal=1.3),
-        Case(f"{name} layer forward + backward", *steps, goal=1.2),
+        Pair(f"{name} layer forward", *frozen, goal=1.3),
+        Pair(f"{name} layer forward + backward", *steps, goal=1.2),
     ]
+
+
+_SIZES = {
+    "Linear": ("linear", case(lambda space: space.Linear(16, 16), (8, 16))),
+    "Conv2d": ("conv2d 1x1", case(lambda space: space.Conv2d(4, 4, 1), (2, 4, 4, 4))),
+    "ReLU": ("relu", case(lambda space: space.ReLU(), (8, 16))),
+    "Softmax": ("softmax", case(lambda space: space.Softmax(-1), (8, 16))),
+}
+"""Names and sizes that earlier commits have been timed with, so that figures can be compared. Of every other row of the catalog
+the first case is timed."""
 
 
 def _mlp(space: Any, *widths: int) -> torch.nn.Module:
@@ -172,15 +238,23 @@ def _mlp(space: Any, *widths: int) -> torch.nn.Module:
     return space.Sequential(space.Linear(a, b), space.ReLU(), space.Linear(b, c), space.ReLU(), space.Linear(c, d))
 
 
-def cases() -> list[Case]:
-    """What is timed. The tutorial MLP: ours at its real sizes, torch's at sizes that the CPU computes in no time."""
-    r = torch.randn
-    found = _family("linear", F.linear, FL.linear, r(8, 16), r(16, 16), r(16))
-    found += _layer("Linear", lambda space: space.Linear(16, 16), r(8, 16))
-    found += _family("relu", F.relu, FL.relu, r(8, 16))
-    found += _family("softmax", lambda x: F.softmax(x, -1), lambda x: FL.softmax(x, -1), r(8, 16))
-    found += _family("conv2d 1x1", F.conv2d, FL.conv2d, r(2, 4, 4, 4), r(4, 4, 1, 1), r(4))
-    found += _layer("Conv2d", lambda space: space.Conv2d(4, 4, 1), r(2, 4, 4, 4))
+def pairs() -> list[Pair]:
+    """What is timed: each row of the catalog as a function and as a layer, and what rows can't say."""
+    found: list[Pair] = []
+    functions = set()  # several layers may call the same one
+    for row in ROWS:
+        name, small = _SIZES.get(row.name, (row.function, next(iter(row.cases.values()))))
+        if hasattr(F, str(row.function)) and row.function not in functions:
+            functions.add(row.function)
+            found += _function(str(name), small, str(row.function))
+        found += _layer(row.name, small)
+    return found + _special()
+
+
+def _special() -> list[Pair]:
+    """Autocast, a network, a fused block, and a call that is left to torch. The tutorial MLP: ours at its real sizes, torch's at
+    sizes that the CPU computes in no time."""
+    found, r = [], torch.randn
     tensors = [r(8, 16), *(torch.nn.Parameter(r(shape)) for shape in ((16, 16), (16,)))]
 
     def autocast(function: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -192,25 +266,25 @@ def cases() -> list[Case]:
 
     recorded = [autocast(function) for function in (F.linear, FL.linear)]
     steps = [_backward(call, tensors[1:]) for call in recorded]
-    found.append(Case("linear, autocast, forward, graph recorded", recorded[0], recorded[1], 1.3))
-    found.append(Case("linear, autocast, forward + backward", steps[0], steps[1], 1.2))
+    found.append(Pair("linear, autocast, forward, graph recorded", recorded[0], recorded[1], 1.3))
+    found.append(Pair("linear, autocast, forward + backward", steps[0], steps[1], 1.2))
     theirs, ours = _mlp(torch.nn, 16, 16, 16, 8), _mlp(nn, 784, 512, 512, 10)
     x, y = r(8, 16), r(64, 784)
     found.append(
-        Case("tutorial MLP forward", _no_grad(lambda: theirs(x)), _no_grad(lambda: ours(y)), 1.0),
+        Pair("tutorial MLP forward", _no_grad(lambda: theirs(x)), _no_grad(lambda: ours(y)), 1.0),
     )
     block, fused = (networks.bottleneck(space, 16, 4, 1).eval() for space in (torch.nn, nn))
     fused, image = fastlayers.fuse(fused), r(1, 16, 2, 2)
-    found.append(Case("ResNet block in eval, fused", _no_grad(lambda: block(image)), _no_grad(lambda: fused(image))))
+    found.append(Pair("ResNet block in eval, fused", _no_grad(lambda: block(image)), _no_grad(lambda: fused(image))))
     steps = [_backward(lambda m=m, v=v: m(v), list(m.parameters())) for m, v in ((theirs, x), (ours, y))]
-    found.append(Case("tutorial MLP forward + backward", steps[0], steps[1], 1.0))
+    found.append(Pair("tutorial MLP forward + backward", steps[0], steps[1], 1.0))
     plain = r(8, 16), r(16, 16), r(16)
 
     def refused() -> torch.Tensor:
         with fastlayers.policy("torch"):
             return FL.linear(*plain)
 
-    found.append(Case("linear by torch, through our door", lambda: F.linear(*plain), refused))
+    found.append(Pair("linear by torch, dispatched by us", lambda: F.linear(*plain), refused))
     return found
 
 
@@ -220,22 +294,23 @@ def parts() -> dict[str, Callable[[], object]]:
     tensors = (x, w, b)
     for _ in range(3):
         FL.linear(*tensors)
-    options = ((None,), "ieee", False)
-    find, check = linear_op._forward.find, linear_op._forward.kinds[x.shape, options][0].check
+    options = (linear_op._ALONE, True, "ieee")
+    forward = linear_op._linear._forward
+    find, check = forward.find, forward.signatures[x.shape, options][0].check
     found = find(tensors, options)
     assert found is not None
-    take, addresses, _ = found
+    recording, addresses, _ = found
     allocate = _launch.allocate_quickly["cpu"]
     return {
         "the whole call": lambda: FL.linear(*tensors),
-        "does anybody watch?": _dispatch._escapes_guards,
+        "does anybody watch?": unseen,
         "recognising the tensors": lambda: find(tensors, options),
         "of that, the guards": lambda: check(*tensors),
         "allocating the output": lambda: allocate((8, 16), (16, 1), torch.float32),
-        "that and the launch, Triton's C stubbed": lambda: take.script(allocate, 0, tensors, addresses),
-        "the replay, with both": lambda: take.play(tensors, addresses),
+        "that and the launch, Triton's C stubbed": lambda: recording.script(allocate, 0, tensors, addresses),
+        "the replay, with both": lambda: recording.play(tensors, addresses),
         "a call of an empty function (in each row)": lambda: None,
-        "for comparison: the launch without a replay": lambda: linear_op._forward.work(tensors, *options),
+        "for comparison: the launch without a replay": lambda: forward.work(tensors, *options),
     }
 
 
@@ -307,8 +382,8 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     try:
         with stubbed(), fastlayers.policy("auto"):
-            chosen = [case for case in cases() if options.match in case.name]
-            times = measure([call for case in chosen for call in (case.theirs, case.ours)], max(options.rounds, 2))
+            chosen = [pair for pair in pairs() if options.match in pair.name]
+            times = measure([call for pair in chosen for call in (pair.theirs, pair.ours)], max(options.rounds, 2))
             pieces = parts()
             piece_times = dict(zip(pieces, measure(list(pieces.values()), max(options.rounds, 2)), strict=True))
     finally:
@@ -316,12 +391,12 @@ def main(argv: list[str]) -> int:
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"us a call, median (p20 - p80)\n{'':40} {'torch':>24} {'ours':>24}  ratio  goal")
     rows = []
-    for case, theirs, ours in zip(chosen, times[::2], times[1::2], strict=True):
+    for pair, theirs, ours in zip(chosen, times[::2], times[1::2], strict=True):
         ratio = ours.over(theirs)
-        goal = "" if case.goal is None else f"{case.goal:.1f}"
-        print(f"{case.name:40} {theirs!s:>24} {ours!s:>24}  {ratio:5.2f}  {goal:>4}")
+        goal = "" if pair.goal is None else f"{pair.goal:.1f}"
+        print(f"{pair.name:40} {theirs!s:>24} {ours!s:>24}  {ratio:5.2f}  {goal:>4}")
         rows.append(
-            {"case": case.name, "torch": theirs.summary(), "ours": ours.summary(), "ratio": ratio, "goal": case.goal}
+            {"case": pair.name, "torch": theirs.summary(), "ours": ours.summary(), "ratio": ratio, "goal": pair.goal}
         )
     print("\nwhat `linear forward` is made of")
     for name, spent in piece_times.items():

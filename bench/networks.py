@@ -1,4 +1,4 @@
-"""Networks that are timed whole, in training and in eval. `make(nn)`, given torch.nn or fastlayers.nn, as in the Specs."""
+"""Networks that are timed whole, in training and in eval. `make(nn)`, given torch.nn or fastlayers.nn, as in the catalog."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlayers.testing.specs import Make
+from fastlayers.catalog.row import Case, Make, case
 
 
 def mlp(nn: Any) -> torch.nn.Module:
@@ -76,23 +76,24 @@ def vit_block(nn: Any) -> torch.nn.Module:
     return _Block(nn)
 
 
-TRAINING = {
-    "MLP step, batch 64": (mlp, (64, 784)),
-    "ResNet-50-like step, batch 64": (resnet, (64, 3, 224, 224)),
-    "ViT-B block step, 64 images": (vit_block, (64, 197, 768)),
-    "MLP step, batch 8192": (mlp, (8192, 784)),
-    "MLP step, batch 1024": (mlp, (1024, 784)),
-    "ResNet-50-like step, batch 8": (resnet, (8, 3, 224, 224)),
-    "ViT-B block step, 8 images": (vit_block, (8, 197, 768)),
+TRAINING: dict[str, Case] = {
+    "MLP step, batch 64": case(mlp, (64, 784)),
+    "ResNet-50-like step, batch 64": case(resnet, (64, 3, 224, 224)),
+    "ViT-B block step, 64 images": case(vit_block, (64, 197, 768)),
+    "MLP step, batch 8192": case(mlp, (8192, 784)),
+    "MLP step, batch 1024": case(mlp, (1024, 784)),
+    "ResNet-50-like step, batch 8": case(resnet, (8, 3, 224, 224)),
+    "ViT-B block step, 8 images": case(vit_block, (8, 197, 768)),
 }
-"""By name: how to make it, and the shape of its input."""
+"""By name, the most telling ones first."""
 
 
 def evaluated(make: Make) -> Make:
     """The network in eval, its batch normalisations with statistics of some training."""
 
     def make_evaluated(nn: Any) -> torch.nn.Module:
-        network = make(nn).eval()
+        network: Any = make(nn)
+        network.eval()
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 assert module.running_mean is not None and module.running_var is not None
@@ -107,8 +108,8 @@ def _conv(c: int) -> Make:
     return lambda nn: nn.Sequential(nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
 
 
-INFERENCE = {
-    name: (evaluated(make), shape)
+INFERENCE: dict[str, Case] = {
+    name: case(evaluated(make), shape)
     for name, (make, shape) in {
         "ResNet-50-like, batch 64": (resnet, (64, 3, 224, 224)),
         "Conv+BN+ReLU 3x3 256 @14, batch 32": (_conv(256), (32, 256, 14, 14)),

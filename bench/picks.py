@@ -1,18 +1,18 @@
-"""Every way to compute one thing on this machine's GPU, timed beside the way that kernels/_tiles.py picks.
+"""Every way to compute one thing on this machine's GPU, timed beside the way that kernels/runtime/tiles.py picks.
 
     python -m bench picks [--match forward] [--minutes 8] [--out FILE]
 
 Nothing in the picks between kernels is measured yet: this is what they would be fitted to. Of each product and convolution
 it prints how much longer the pick takes than the best way (1.00: it is the best one), and which that would have been;
-at the end the geometric mean, and what follows for the seeds in kernels/_tiles.py:
+at the end the geometric mean, and what follows for the seeds in kernels/runtime/tiles.py:
 
 - the share of the fastest tile's speed that each tile behind descriptors reaches on large products: the values of
   `_DESCRIPTORS`;
 - the FLOPs up to which pointers win: the limit in `_through_descriptors`, and `BOX_FLOPS`.
 
 One set of inputs is used again and again: what fits into the L2 is read from there. A way that fails, or disagrees with the
-pick, is named with its error. With FASTLAYERS_SPECIALIZED=1 kernels/matmul_specialized.py is among the ways: if it hangs, on
-a device that it has not been tried on, so does all of this.
+pick, is named with its error. With FASTLAYERS_SPECIALIZED=1 matmul/experimental/specialized.py is among the ways: if it
+hangs, on a device that it has not been tried on, so does all of this.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from typing import Any
 
 import torch
 
-from fastlayers.kernels import _tiles, conv, matmul
+from fastlayers.kernels.conv import gather as conv
+from fastlayers.kernels.conv import tiles as conv_tiles
+from fastlayers.kernels.conv.geometry import Geometry
+from fastlayers.kernels.matmul import matmul
+from fastlayers.kernels.matmul import tiles as matmul_tiles
+from fastlayers.kernels.runtime import tiles as _tiles
 
 from . import clock
 from .providers import draw
@@ -51,13 +56,13 @@ class Way:
 
     @contextlib.contextmanager
     def chosen(self) -> Iterator[None]:
-        before = _tiles.BOX_FLOPS
-        _tiles.BOX_FLOPS = before if self.boxes is None else 0 if self.boxes else sys.maxsize
+        before = conv_tiles.BOX_FLOPS
+        conv_tiles.BOX_FLOPS = before if self.boxes is None else 0 if self.boxes else sys.maxsize
         try:
             with _tiles.force(**self.force):
                 yield
         finally:
-            _tiles.BOX_FLOPS = before
+            conv_tiles.BOX_FLOPS = before
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,10 @@ def _product_ways(m: int, n: int, k: int, device: _tiles.Device) -> tuple[Way, .
     shared out as much as the multiprocessors allow, and half as much."""
     ways = [
         Way(f"pointers {size} {value_of(tile)}", dict(product=tile))
-        for (kind, size), tile in _tiles.products(device.architecture).items()
+        for (kind, size), tile in matmul_tiles.products(device.architecture).items()
         if kind == "16" and size != "gather" and (size != "skinny" or m <= 16)
     ]
-    for product in _tiles.descriptor_products(device.architecture).get("16", ()):
+    for product in matmul_tiles.descriptor_products(device.architecture).get("16", ()):
         if product.transposed and m > 64:
             continue
         if product.programs:
@@ -88,14 +93,14 @@ def _product_ways(m: int, n: int, k: int, device: _tiles.Device) -> tuple[Way, .
         if several:
             rows, columns = (n, m) if product.transposed else (m, n)
             programs = _tiles.cdiv(rows, product.tile.m) * _tiles.cdiv(columns, product.tile.n)
-            most = _tiles._splits(programs, _tiles.cdiv(k, product.tile.k), device)
+            most = matmul_tiles.shares(programs, _tiles.cdiv(k, product.tile.k), device)
             shares = sorted({_tiles.cdiv(most, 2), most} - {1})
         for splits in shares:
             how = " transposed" * product.transposed + " persistent" * (product.programs > 0)
             name = f"descriptors {value_of(product.tile)}{how}{f' in {splits} shares' * several}"
             ways.append(Way(name, dict(matmul=replace(product, splits=splits))))
     if device.architecture == "sm_90" and m >= 128 and os.environ.get("FASTLAYERS_SPECIALIZED"):
-        product = _tiles.specialized(device)
+        product = matmul_tiles.specialized(device)
         ways.append(Way(f"descriptors {value_of(product.tile)} specialized", dict(matmul=product)))
     return (Way(PICKED, {}), *ways)
 
@@ -111,7 +116,7 @@ def _products(device: _tiles.Device) -> Iterator[Job]:
         def make(on: torch.device) -> Callable[[], torch.Tensor]:
             left, right = draw(a, torch.bfloat16, on, 1), draw(b, torch.bfloat16, on, 2)
             left, right = left.T if a_transposed else left, right.T if b_transposed else right
-            return lambda: matmul.matmul(left, right, precision="ieee")[0]
+            return lambda: matmul.matmul(left, right, precision="ieee")
 
         m, k = reversed(a) if a_transposed else a
         n = b[0] if b_transposed else b[1]
@@ -139,21 +144,22 @@ def _convolutions(device: _tiles.Device) -> Iterator[Job]:
     """ResNet's layers, a U-Net's, ResNeXt's, and small ones: in channels_last, and forward in NCHW too."""
     pointers = [
         Way(f"pointers {size} {value_of(tile)}", dict(product=tile), boxes=False)
-        for (kind, size), tile in _tiles.products(device.architecture).items()
+        for (kind, size), tile in matmul_tiles.products(device.architecture).items()
         if kind == "16" and size in ("medium", "small", "gather")
     ]
 
     def boxes(weight_grad: bool) -> list[Way]:
         return [
             Way(f"boxes {size} {value_of(tile)}", dict(box=tile), boxes=True)
-            for (kind, size), tile in _tiles.box_tiles(device.architecture).items()
+            for (kind, size), tile in conv_tiles.box_tiles(device.architecture).items()
             if kind == "16" and size.startswith("weight") == weight_grad
         ]
 
     for n, c, size, o, kernel, stride, groups in _CONVOLUTIONS:
         padding, out = kernel // 2, (size + 2 * (kernel // 2) - kernel) // stride + 1
         geometry: dict[str, Any] = dict(
-            stride=(stride, stride), padding=(padding, padding), dilation=(1, 1), groups=groups, precision="ieee"
+            geometry=Geometry((stride, stride), (padding, padding), (padding, padding), (1, 1), groups),
+            precision="ieee",
         )
         flops = 2 * n * out * out * o * c // groups * kernel * kernel
         shapes = (n, c, size, size), (o, c // groups, kernel, kernel), (n, o, out, out)

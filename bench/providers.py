@@ -1,6 +1,6 @@
 """Who computes a workload: torch in several ways, this package, and other packs where they are installed.
 
-A provider turns a layer and its input into a call. All start from the same seed, so all compute the same thing.
+A provider turns a layer and its inputs into a call. All start from the same seed, so all compute the same thing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import fastlayers
 
 from .workloads import Workload
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[..., Any]
 Bind = Callable[[Any, Workload], Forward]
-"""A module, and what it is made for, to what is called with its input."""
+"""A layer, and what it is made for, to what is called with its inputs."""
 
 
 def _is_linear_relu(workload: Workload) -> bool:
@@ -57,16 +57,24 @@ class Provider:
     def applies(self, workload: Workload) -> bool:
         return self.takes(workload) and (workload.images or not self.channels_last)
 
-    def module(self, workload: Workload, device: torch.device, seed: int) -> torch.nn.Module:
-        """The layer, its parameters drawn from the seed."""
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
-            torch.manual_seed(seed)
-            module = workload.make(self.namespace()).to(workload.dtype)
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
+    def layer(self, workload: Workload, device: torch.device, seed: int) -> Callable[..., Any]:
+        """A module, its parameters drawn from the seed, or a function."""
+        with seeded(device, seed), torch.device(device):
+            layer = workload.case.make(self.namespace())
+        if not isinstance(layer, torch.nn.Module):
+            return layer
+        layer = layer.to(workload.dtype)
+        return layer.to(memory_format=torch.channels_last) if self.channels_last else layer  # type: ignore[call-overload]
 
-    def input(self, workload: Workload, device: torch.device, seed: int) -> torch.Tensor:
-        x = draw(workload.shape, workload.dtype, device, seed)
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+    def inputs(self, workload: Workload, device: torch.device, seed: int) -> list[Any]:
+        """The arguments, drawn from the seed."""
+        with seeded(device, seed):
+            return [self.formatted(given) for given in workload.case.arguments(workload.dtype, device)]
+
+    def formatted(self, given: Any) -> Any:
+        """In this provider's memory format, if it is a batch of images."""
+        images = isinstance(given, torch.Tensor) and given.dim() == 4 and given.is_floating_point()
+        return given.contiguous(memory_format=torch.channels_last) if self.channels_last and images else given
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -79,6 +87,14 @@ class Provider:
                 yield
         finally:
             torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Within, torch draws from this seed."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
@@ -99,9 +115,9 @@ def _fused(module: Any, workload: Workload) -> Forward:
 
 
 @functools.cache
-def _compiled(mode: str, key: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    # The module is an argument: one compilation serves every set of inputs and weights.
-    return torch.compile(lambda module, x: module(x), mode=mode, dynamic=False)
+def _compiled(mode: str, key: str) -> Callable[..., Any]:
+    # The layer is an argument: one compilation serves every set of inputs and weights.
+    return torch.compile(lambda layer, *inputs: layer(*inputs), mode=mode, dynamic=False)
 
 
 def forget() -> None:
@@ -130,9 +146,9 @@ def _liger_softmax(module: Any, workload: Workload) -> Forward:
 def _flag_gems(module: Any, workload: Workload) -> Forward:
     gems = importlib.import_module("flag_gems")
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(*inputs: Any) -> Any:
         with gems.use_gems():
-            return module(x)
+            return module(*inputs)
 
     return forward
 

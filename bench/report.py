@@ -15,7 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import clock, gpus
+from fastlayers.catalog import ROWS
+from fastlayers.reporting import gpus
+
+from . import clock
+from .workloads import NETWORKS
 
 Row = dict[str, Any]
 Results = dict[str, Any]
@@ -195,7 +199,7 @@ def summary(results: Results) -> str:
     lines += [f"  {gpu:>5}x GPU {wall:>5}x wall  {name} ({best})" for name, gpu, wall, best in lost[:10]]
     void = [row for c in found for row in c.void]
     lines += [f"  VOID {row['workload']} by {row['provider']}: {row['void']}" for row in void[:5]]
-    widths = (12, 5, 9, 10, 10, 7, 5, 6)
+    widths = (16, 5, 9, 10, 10, 7, 5, 6)
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in
               [_FAMILY_HEADINGS, *_families(found)]]  # fmt: skip
     return "\n".join(lines)
@@ -264,7 +268,6 @@ def markdown(results: Results) -> str:
     return "\n".join([*lines, _table(headings, rows), ""])
 
 
-_FAMILIES = ("Linear", "Conv2d", "ReLU", "Softmax", "Sequential", "training", "inference")
 _MODES = ("bf16", "fp16", "fp32", "tf32")
 
 
@@ -278,7 +281,8 @@ def readme_table(path: Path | None = None) -> str:
     cells: dict[tuple[str, str], str] = {}
     for row in _families(comparisons(results)):
         cells[row[0], row[1]] = f"{row[2]} ({row[3]}), {row[5]} of {row[4]}"
-    rows = [[family, *(cells.get((family, mode), "not measured") for mode in _MODES)] for family in _FAMILIES]
+    families = [*[row.name for row in ROWS if row.speeds], *NETWORKS]
+    rows = [[family, *(cells.get((family, mode), "not measured") for mode in _MODES)] for family in families]
     return (
         f"{env['gpu']}, {env['time'][:10]}, commit {env['commit']}, torch {env['torch']}, triton {env['triton']}. Geometric "
         "mean of the time of torch's fastest way over ours: GPU time (wall time), and how many workloads are slower than "
@@ -313,11 +317,16 @@ def plots(results: Results, folder: Path) -> list[Path]:
     return written
 
 
+def _found_families(found: list[Comparison]) -> list[str]:
+    """Each once, in the order in which they were measured."""
+    return list(dict.fromkeys(c.first["family"] for c in found))
+
+
 def _ratio_map(found: list[Comparison], figure_type: Any, title: str, save: Any) -> None:
     """Shape by provider: torch's best over the provider, blue where it is faster, red where slower. A picture for each
     family, of the most telling rows of a long run."""
     names = list(dict.fromkeys(row["provider"] for c in found for row in c.rows if row.get("ratio")))
-    for family in _FAMILIES:
+    for family in _found_families(found):
         chosen = [c for c in found if c.first["family"] == family and any(row.get("ratio") for row in c.rows)][:120]
         if not chosen:
             continue
@@ -339,13 +348,14 @@ def _ratio_map(found: list[Comparison], figure_type: Any, title: str, save: Any)
 
 
 def _roofline(found: list[Comparison], env: dict[str, Any], figure_type: Any, title: str, save: Any) -> None:
-    """TFLOP/s over FLOP/byte, under the roofs of the GPU."""
+    """TFLOP/s over FLOP/byte, under the roofs of the GPU, of the layers that multiply."""
     known = gpus.by_device_name(env.get("gpu") or "")
     figure = figure_type(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     drawn = False
+    families = [family for family in _found_families(found) if family not in NETWORKS]
     for kind, marker in (("ours", "o"), ("torch", "x")):
-        for family in _FAMILIES[:-1]:
+        for family in families:
             points = [
                 (c.first["flops"] / c.first["bytes"], best["tflops"])
                 for c in found
@@ -353,7 +363,7 @@ def _roofline(found: list[Comparison], env: dict[str, Any], figure_type: Any, ti
                 if c.first["family"] == family and best and best.get("tflops")
             ]
             if points:
-                color = f"C{_FAMILIES.index(family)}"
+                color = f"C{families.index(family)}"
                 axes.scatter(*zip(*points, strict=True), s=14, marker=marker, color=color, label=f"{family}, {kind}")
                 drawn = True
     if not drawn:
@@ -373,8 +383,9 @@ def _roofline(found: list[Comparison], env: dict[str, Any], figure_type: Any, ti
 
 
 def _rates(found: list[Comparison], env: dict[str, Any], figure_type: Any, title: str, save: Any) -> None:
-    """GB/s over the row length, of what memory decides."""
-    families = [f for f in ("ReLU", "Softmax") if any(c.first["family"] == f and c.ours for c in found)]
+    """GB/s over the row length, of what memory decides: the layers without products."""
+    memory = [c for c in found if not c.first["flops"] and c.first["shape"]]
+    families = [f for f in _found_families(memory) if any(c.first["family"] == f and c.ours for c in memory)]
     if not families:
         return
     figure = figure_type(figsize=(5.5 * len(families), 4.5), layout="constrained")
@@ -383,7 +394,7 @@ def _rates(found: list[Comparison], env: dict[str, Any], figure_type: Any, title
         axes = figure.add_subplot(1, len(families), i + 1)
         chosen = [
             c
-            for c in found
+            for c in memory
             if c.first["family"] == family and c.first["mode"] == "bf16" and c.first["direction"] == "forward"
         ]
         for name in dict.fromkeys(row["provider"] for c in chosen for row in c.rows if row.get("gbps")):

@@ -31,9 +31,10 @@ from typing import Any
 import torch
 import triton
 
-from fastlayers.kernels import _launch
+from fastlayers.kernels.runtime import launch as _launch
+from fastlayers.reporting import gpus
 
-from . import base, clock, gpus, report
+from . import base, clock, report
 from .providers import PROVIDERS, Provider, absent, forget
 from .subject import Reference, Subject
 from .workloads import Workload, workloads
@@ -98,7 +99,8 @@ def finish(rows: list[Row], arithmetic: str, flops: int, bytes: int, gpu: str | 
         ms = row["gpu_ms"]["p50"] if row.get("gpu_ms") else None
         if ms is None or row["void"]:
             continue
-        row["tflops"] = flops / ms * 1e-9
+        if flops:
+            row["tflops"] = flops / ms * 1e-9
         if bytes > 1:  # of a network nobody counts them
             row["gbps"] = bytes / ms * 1e-6
         if gpu is not None:
@@ -202,7 +204,7 @@ def _folder(env: dict[str, Any]) -> Path:
     return RESULTS / gpu / f"{env['time'][:16].replace(':', '')}-{env['commit'] or 'unknown'}"
 
 
-def main(argv: list[str]) -> int:
+def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--minutes", type=float, default=10.0, help="stop after this time, having done the most telling rows"
@@ -214,8 +216,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--base", metavar="COMMIT", help="measure this commit's kernels as well, in turn with these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print what would be run, in order, and stop")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str]) -> int:
+    options = _options(argv)
     entries = [entry for entry in plan(workloads()) if re.search(options.match, entry[0].key)]
     if options.list:
         print("\n".join(f"{workload.key} | tier {tier}" for workload, tier in entries))

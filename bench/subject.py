@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
+from fastlayers.catalog import Floats
 from fastlayers.testing import budget
 
 from . import clock
@@ -23,27 +25,42 @@ Tensors = list[torch.Tensor]
 
 @dataclass
 class Set:
-    """A module with an input and what comes from above in backward; `run` is one call of the workload's pass."""
+    """A layer with its inputs and what comes from above in backward."""
 
-    module: torch.nn.Module
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    x: torch.Tensor
-    wanted: Tensors
-    dy: torch.Tensor | None = None
-    y: torch.Tensor | None = None
+    layer: Callable[..., Any]
+    forward: Callable[..., Any]
+    inputs: list[Any]
+    wanted: Sequence[torch.Tensor]
+    """The inputs and parameters whose gradient is asked for."""
+    dy: Tensors = field(default_factory=list)
+    """The gradients of the results; of a training step, the classes that its loss is told."""
+    y: Tensors = field(default_factory=list)
+    """The results that `backward` begins from."""
     optimizer: torch.optim.Optimizer | None = None
 
-    def only_forward(self) -> torch.Tensor:
+    @property
+    def state(self) -> Tensors:
+        """Parameters and buffers."""
+        module = self.layer
+        return [*module.parameters(), *module.buffers()] if isinstance(module, torch.nn.Module) else []
+
+    def _results(self) -> Tensors:
+        return floating(self.forward(*self.inputs))
+
+    def only_forward(self) -> Tensors:
         with torch.no_grad():
-            return self.forward(self.x)
+            return self._results()
 
-    def backward(self) -> tuple[torch.Tensor, ...]:
-        assert self.y is not None
-        return torch.autograd.grad(self.y, self.wanted, self.dy, retain_graph=True)
+    def prepare_backward(self) -> None:
+        """Run the forward that `backward` then goes back through as often as it is called."""
+        self.y = self._results()
 
-    def both(self) -> tuple[torch.Tensor, ...]:
-        y = self.forward(self.x)
-        return (y, *torch.autograd.grad(y, self.wanted, self.dy))
+    def backward(self) -> Tensors:
+        return list(torch.autograd.grad(self.y, self.wanted, self.dy, retain_graph=True))
+
+    def both(self) -> Tensors:
+        y = self._results()
+        return [*y, *torch.autograd.grad(y, self.wanted, self.dy)]
 
     def step(self) -> torch.Tensor:
         assert self.optimizer is not None
@@ -54,46 +71,54 @@ class Set:
         return loss
 
     def _loss(self) -> torch.Tensor:
-        y = self.forward(self.x).flatten(1)
-        assert self.dy is not None
-        return F.cross_entropy(y.float() if y.dtype != torch.float64 else y, self.dy)
+        y = self.forward(*self.inputs).flatten(1)
+        return F.cross_entropy(y.float() if y.dtype != torch.float64 else y, self.dy[0])
 
     def results(self, direction: str) -> Tensors:
-        """What the errors are read off: the output, or all gradients besides, or the gradients of the loss."""
+        """What the errors are read off: the results, or all gradients besides, or the gradients of the loss."""
         if direction == "forward":
-            return [self.only_forward()]
+            return self.only_forward()
         if direction == "step":
             return list(torch.autograd.grad(self._loss(), self.wanted))
-        return list(self.both())
+        return self.both()
+
+
+def floating(results: Any) -> Tensors:
+    """The floating tensors among what a layer returns."""
+    return [t for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 @functools.cache
-def _output_shape(workload: Workload) -> torch.Size:
+def _like(workload: Workload) -> Tensors:
+    """The results, on the meta device."""
     with torch.device("meta"):
-        return workload.make(torch.nn)(torch.empty(workload.shape)).shape
+        layer = workload.case.make(torch.nn)
+    return floating(layer(*workload.case.arguments(torch.float32, "meta")))
 
 
 def make_set(provider: Provider, workload: Workload, device: torch.device, seed: int, exact: bool = False) -> Set:
     """The same weights and inputs for the same seed, whoever the provider; `exact`: in float64."""
-    module = provider.module(workload, device, seed)
-    x = provider.input(workload, device, seed + 1)
+    layer, inputs = provider.layer(workload, device, seed), provider.inputs(workload, device, seed + 1)
     if exact:
-        module, x = module.double(), x.double()
-    step = workload.direction == "step"
-    x.requires_grad_(not step and workload.direction != "forward")
+        inputs = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]
+        layer = layer.double() if isinstance(layer, torch.nn.Module) else layer
+    made = Set(layer, provider.bind(layer, workload), inputs, [])
     if workload.direction == "forward":
-        return Set(module, provider.bind(module, workload), x, [])
-    wanted: Tensors = [*module.parameters()] if step else [x, *module.parameters()]
-    made = Set(module, provider.bind(module, workload), x, wanted)
-    y_shape = _output_shape(workload)
-    if step:
+        return made
+    parameters = [*layer.parameters()] if isinstance(layer, torch.nn.Module) else []
+    if workload.direction == "step":
+        made.wanted = parameters
+        classes = _like(workload)[0].shape[1:].numel()
         generator = torch.Generator(device).manual_seed(seed + 2)
-        made.dy = torch.randint(y_shape[1:].numel(), y_shape[:1], device=device, generator=generator)
-        made.optimizer = torch.optim.SGD(wanted, lr=1e-3)
-    else:
-        made.dy = draw(y_shape, workload.dtype, device, seed + 2).to(x.dtype)
-        if provider.channels_last and made.dy.dim() == 4:
-            made.dy = made.dy.contiguous(memory_format=torch.channels_last)
+        made.dy = [torch.randint(classes, inputs[0].shape[:1], device=device, generator=generator)]
+        made.optimizer = torch.optim.SGD(made.wanted, lr=1e-3)
+        return made
+    differentiable = [t for given, t in zip(workload.case.inputs, inputs, strict=True) if isinstance(given, Floats)]
+    made.wanted = [*[t.requires_grad_() for t in differentiable], *parameters]
+    for i, y in enumerate(_like(workload)):
+        # As `loss.backward()`: a number near 0 would only make a loss's gradients underflow.
+        dy = draw(y.shape, workload.dtype, device, seed + 2 + i) if y.dim() else torch.ones((), device=device)
+        made.dy.append(provider.formatted(dy.to(torch.float64 if exact else workload.dtype)))
     return made
 
 
@@ -156,8 +181,8 @@ class Subject:
             self.row |= error(workload, results, reference.torchs, reference.exact)
             del results
             if workload.direction != "forward":
-                with clock.saved_bytes(list(first.module.parameters())) as saved:
-                    y = first.forward(first.x)
+                with clock.saved_bytes(first.state) as saved:
+                    y = first.forward(*first.inputs)
                 self.row["saved_bytes"] = saved()
                 del y
             run = self._prepare(first)
@@ -166,7 +191,8 @@ class Subject:
                 run()
             self.row["peak_bytes"] = peak()
 
-            one = sum(t.numel() * t.element_size() for t in (first.x, *first.module.parameters()) if t is not None)
+            given = [t for t in (*first.inputs, *first.state) if isinstance(t, torch.Tensor)]
+            one = sum(t.numel() * t.element_size() for t in given)
             properties = torch.cuda.get_device_properties(device)
             l2 = getattr(properties, "L2_cache_size", 0)
             free = torch.cuda.mem_get_info(device)[0] // 8
@@ -181,7 +207,7 @@ class Subject:
         if self.workload.direction == "forward":
             return made.only_forward
         if self.workload.direction == "backward":
-            made.y = made.forward(made.x)
+            made.prepare_backward()
         return getattr(made, self.workload.direction)
 
     @contextlib.contextmanager

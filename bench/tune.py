@@ -1,4 +1,4 @@
-"""Search tiles on this machine's GPU, and write the rows of kernels/_tiles.py's tables.
+"""Search tiles on this machine's GPU, and write the rows of kernels/runtime/tiles.py's tables.
 
     python -m bench tune [--match 16/] [--minutes 10] [--out FILE]
 
@@ -22,11 +22,15 @@ from typing import Any
 
 import torch
 
-from fastlayers.kernels import _tiles, matmul, pointwise, softmax
-from fastlayers.kernels._tiles import Tile
+from fastlayers.kernels import pointwise, softmax
+from fastlayers.kernels.matmul import matmul
+from fastlayers.kernels.matmul import tiles as matmul_tiles
+from fastlayers.kernels.runtime import tiles as _tiles
+from fastlayers.kernels.runtime.tiles import Tile
 
 from . import clock
 from .audit import SHARED_MEMORY
+from .cases import RELU
 from .providers import draw
 from .run import why_not
 
@@ -54,7 +58,7 @@ class Knob:
 _ITEM_SIZE = {"16": 2, "tf32": 4, "ieee": 4, "64": 8}
 _DTYPE = {"16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32, "64": torch.float64}
 
-# The rows, inner length and columns at which each size class is picked (kernels/_tiles.py).
+# The rows, inner length and columns at which each size class is picked (kernels/runtime/tiles.py).
 _PRODUCTS = {
     "large": ((8192, 4096, 4096), (4096, 1024, 8192), (4096, 14336, 4096)),
     "medium": ((1024, 4096, 2048), (2048, 1024, 1024), (12608, 768, 512)),
@@ -95,9 +99,20 @@ def _product_call(kind: str, m: int, k: int, n: int) -> Callable[[torch.device],
         w = draw((n, k), _DTYPE[kind], device, 2)
         bias = draw((n,), _DTYPE[kind], device, 3)
         precision = "tf32" if kind == "tf32" else "ieee"
-        return lambda: matmul.matmul(a, w.T, bias=bias, then="relu", precision=precision)[0]
+        return lambda: matmul.matmul(a, w.T, bias=bias, then=RELU, precision=precision)
 
     return make
+
+
+def _filling(like: torch.Tensor, launch: Callable[[torch.Tensor], None]) -> Callable[[], torch.Tensor]:
+    """A call that allocates, launches and returns the result."""
+
+    def call() -> torch.Tensor:
+        out = torch.empty_like(like)
+        launch(out)
+        return out
+
+    return call
 
 
 def _row_call(columns: int, gradient: bool) -> Callable[[torch.device], Callable[[], Any]]:
@@ -105,25 +120,25 @@ def _row_call(columns: int, gradient: bool) -> Callable[[torch.device], Callable
         x = draw((2**26 // columns, columns), torch.bfloat16, device, 1).softmax(1)
         if gradient:
             dy = draw(tuple(x.shape), torch.bfloat16, device, 2)
-            return lambda: softmax.softmax_grad(dy, x, 1, torch.bfloat16)
-        return lambda: softmax.softmax(x, 1, torch.bfloat16)
+            return _filling(x, lambda dx: softmax.softmax_grad(dy, x, dx, 1))
+        return _filling(x, lambda y: softmax.softmax(x, y, 1))
 
     return make
 
 
 def _relu_call(device: torch.device) -> Callable[[], Any]:
     x = draw((2**26,), torch.bfloat16, device, 1)
-    return lambda: pointwise.pointwise(x, "relu")
+    return _filling(x, lambda y: pointwise.pointwise(x, y, RELU))
 
 
 def knobs(target: str) -> list[Knob]:
     """Everything that can be tuned, 16-bit products first."""
     found = []
-    for (kind, size), shipped in _tiles.products(target).items():
+    for (kind, size), shipped in matmul_tiles.products(target).items():
         calls = tuple((f"{m}x{k}x{n}", _product_call(kind, m, k, n)) for m, k, n in _PRODUCTS[size])
         candidates = tuple(dict.fromkeys(tile for tile in product_tiles(kind, size, target) if tile != shipped))
         found.append(Knob(f'_PRODUCT_ON["{target}"]', (kind, size), shipped, candidates, "product", calls))
-    for columns, shipped in _tiles._SOFTMAX_ROWS.items():
+    for columns, shipped in softmax._SOFTMAX_ROWS.items():
         if columns < 16:
             continue
         per_program = {max(1, elements // columns) for elements in (512, 1024, 2048, 4096)}
@@ -134,13 +149,13 @@ def knobs(target: str) -> list[Knob]:
         candidates = tuple(sorted(tiles - {shipped}, key=lambda t: (t.m, t.warps)))
         found.append(Knob("_SOFTMAX_ROWS", columns, shipped, candidates, "softmax_rows", calls))
     tiles = tuple(Tile(1, n, warps=warps) for n in (512, 1024, 2048, 4096) for warps in (2, 4, 8))
-    flat = tuple(tile for tile in tiles if tile != _tiles._POINTWISE)
-    found.append(Knob("_POINTWISE", "", _tiles._POINTWISE, flat, "pointwise", (("relu 2^26", _relu_call),)))
+    flat = tuple(tile for tile in tiles if tile != pointwise._POINTWISE)
+    found.append(Knob("_POINTWISE", "", pointwise._POINTWISE, flat, "pointwise", (("relu 2^26", _relu_call),)))
     return found
 
 
 def source(knob: Knob, tile: Tile, gain: float, gpu: str) -> str:
-    """The row as it stands in kernels/_tiles.py, with its evidence."""
+    """The row as it stands in kernels/runtime/tiles.py, with its evidence."""
     fields = [str(tile.m), str(tile.n)]
     if tile.k != 1:
         fields.append(str(tile.k))
@@ -281,7 +296,7 @@ def main(argv: list[str]) -> int:
         if best != knob.shipped:
             rows.setdefault(knob.table, []).append(source(knob, best, gain, gpu))
             print(f"    {rows[knob.table][-1]}", flush=True)
-    print("\nFor kernels/_tiles.py:" if rows else "\nNothing beats what is shipped.")
+    print("\nFor kernels/runtime/tiles.py:" if rows else "\nNothing beats what is shipped.")
     for table, lines in rows.items():
         print(f"# {table}\n" + "\n".join(f"    {line}" for line in lines))
     return 0

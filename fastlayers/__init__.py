@@ -3,33 +3,31 @@
 from fastlayers import nn                # instead of torch.nn: ours where we have it, torch's otherwise
 import fastlayers.functional as F        # instead of torch.nn.functional
 fastlayers.accelerate(model)             # or: change torch.nn's layers in a model, in place; restore(model) undoes it
+with fastlayers.patched(): ...           # or: whatever is built and called within, by code that imports torch.nn
 fastlayers.fuse(model)                   # layers that follow one another in any model's forward, run as in a Sequential
 fastlayers.explain(model, x)             # which path did every layer take, and why?
+fastlayers.report(model, x)              # what will run on kernels on a GPU, without one; FLOPs, bytes, roofline
 fastlayers.capture(model, x)             # the same model as a CUDA graph, for training or inference
 fastlayers.policy("torch")               # "auto" | "triton" | "torch"
 """
 
-from . import functional, nn
-from ._capture import capture
-from ._convert import Conversion, Conversions, accelerate, restore
-from ._dispatch import Decision, Explanation, NotAccelerated, explain, policy
-from ._fuse import fuse
+from . import functional, modules, nn
 from ._version import __version__
-from .modules import Conv2d, LazyConv2d, LazyLinear, Linear, ReLU, Sequential, Softmax
+from .capture import capture
+from .convert import Conversion, Conversions, accelerate, restore
+from .dispatch.explain import Decision, Explanation, explain
+from .dispatch.policy import NotAccelerated, policy
+from .fusion.trace import fuse
+from .modules import *
+from .patch import patched
+from .reporting import report
 
 __all__ = [
-    "Conv2d",
     "Conversion",
     "Conversions",
     "Decision",
     "Explanation",
-    "LazyConv2d",
-    "LazyLinear",
-    "Linear",
     "NotAccelerated",
-    "ReLU",
-    "Sequential",
-    "Softmax",
     "__version__",
     "accelerate",
     "capture",
@@ -37,6 +35,9 @@ __all__ = [
     "functional",
     "fuse",
     "nn",
+    "patched",
     "policy",
+    "report",
     "restore",
 ]
+__all__ += [name for name in dir(modules) if isinstance(getattr(modules, name), type)]

@@ -1,4 +1,4 @@
-"""Reading a module's parameters and buffers."""
+"""What is read from a module's dictionaries, and what `accelerate` writes there."""
 
 from typing import Any
 
@@ -13,3 +13,14 @@ def own(module: torch.nn.Module, name: str, kind: type) -> Any:
             if name in state:
                 return state[name]
     return getattr(module, name)
+
+
+MARK = "_accelerated"
+"""Set on a module that `accelerate` converted, to tell it from one that was built as ours. Copies and pickles keep it."""
+
+
+def mark(made: Any, *sources: torch.nn.Module) -> Any:
+    """A module that was made of others: if one of them was converted, it counts as converted, too."""
+    if any([MARK in vars(source) for source in sources]):
+        vars(made)[MARK] = True
+    return made

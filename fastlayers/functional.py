@@ -6,16 +6,30 @@ import fastlayers.functional as F
 from typing import Any
 
 import torch.nn.functional as _torch
-from torch.nn.functional import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
+from torch.nn.functional import *  # pyright: ignore[reportWildcardImportFromLibrary]
 
-from .ops import traced as _traced  # noqa: F401  # torch's registry of operators
-from .ops.conv import conv2d, conv2d_formats, conv2d_then  # noqa: F401
-from .ops.linear import linear, linear_chain  # noqa: F401
-from .ops.pointwise import relu  # noqa: F401
-from .ops.softmax import softmax  # noqa: F401
+from .ops.activation import *
+from .ops.attention import *
+from .ops.averaging import *
+from .ops.batch_norm import *
+from .ops.conv import *
+from .ops.conv_transpose import *
+from .ops.dropout import *
+from .ops.elementwise_loss import *
+from .ops.embedding import *
+from .ops.fold import *
+from .ops.gated import *
+from .ops.linear import *
+from .ops.linear_cross_entropy import *
+from .ops.loss import *
+from .ops.norm import *
+from .ops.piecewise import *
+from .ops.pooling import *
+from .ops.smooth import *
+from .ops.softmax import *
+from .ops.upsampling import *
 
-_OURS = {"conv2d", "conv2d_formats", "conv2d_then", "linear", "linear_chain", "relu", "softmax"}
-__all__ = sorted(_OURS | {n for n in dir(_torch) if not n.startswith("_")})  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(n for n in dir(_torch) if not n.startswith("_"))  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,35 +1,38 @@
-"""Functions on a tile in registers, and their derivatives.
-
-Each activation is a pair: `name(x)` and `name_grad(dy, saved)`, where `saved` is whatever the activation's record says
-it saves (its output, for ReLU). The stand-alone kernels, the epilogues of the matrix products and of the convolution,
-and their backward passes all call the same pair, so an activation is written once.
-
-A tile comes in its accumulation dtype (float32, or float64), never in 16 bits.
-"""
+"""What a kernel does to its result while it is in registers: the activations of activations.py, as launchers and kernels take
+them, and the epilogue of a convolution."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def relu(x):
-    # Not tl.maximum(x, 0) nor tl.where(x > 0, x, 0): both compile to an instruction that turns NaN into 0.
-    return tl.where(x < 0, 0.0, x)
+from . import activations
 
 
-@triton.jit
-def relu_grad(dy, y):
-    # torch's rule: a NaN output passes the gradient on.
-    return tl.where(y <= 0, 0.0, dy)
+class Activation(Protocol):
+    """What launchers need to know of an activation."""
+
+    @property
+    def function(self) -> str:
+        """The name of its tile function in activations.py."""
+        ...
+
+    @property
+    def args(self) -> tuple[float, ...]:
+        """The options of that function, at most two."""
+        ...
+
+    @property
+    def saves(self) -> str:
+        """What the derivative is computed from in the epilogue of another kernel: "input" or "output"."""
+        ...
 
 
 class Norm(NamedTuple):
-    """What turns channels into normalised ones, as torch.nn.functional.batch_norm does in eval: (x - mean) /
-    sqrt(var + eps) * weight + bias, each tensor with one number for each channel."""
+    """A batch normalisation in eval, (x - mean) / sqrt(var + eps) * weight + bias, with one number for each channel in every
+    tensor."""
 
     mean: torch.Tensor
     var: torch.Tensor
@@ -41,12 +44,12 @@ class Norm(NamedTuple):
 @triton.jit
 def finish(
     x, channel, inside, CHANNEL_DIM: tl.constexpr, bias_ptr, mean_ptr, var_ptr, weight_ptr, shift_ptr,
-    residual_ptr, offsets, hit, EPS: tl.constexpr, THEN: tl.constexpr,
+    residual_ptr, z_ptr, offsets, hit, A0, A1, EPS: tl.constexpr, THEN: tl.constexpr,
 ):  # fmt: skip
-    """then(norm(x + bias) + residual) for a tile of which dimension CHANNEL_DIM runs over channels; what is None is left
-    out. The residual lies at the tile's own offsets.
+    """then(norm(x + bias) + residual) for a tile whose dimension CHANNEL_DIM runs over channels. Pointers may be None. The
+    residual is read, and what comes before `then` is written to z, at the offsets at which the tile will be written.
 
-    The sum is normalised before it is ever rounded, with the weight as it is: closer than a folded one would be.
+    Folding the normalisation into the convolution's weight would round the weight once more than normalising the sum does.
     """
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(x.dtype)
@@ -62,21 +65,42 @@ def finish(
             x += tl.expand_dims(shift, 1 - CHANNEL_DIM)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + offsets, mask=hit, other=0.0).to(x.dtype)
+    if z_ptr is not None:
+        tl.store(z_ptr + offsets, x.to(z_ptr.dtype.element_ty), mask=hit)
     if THEN is not None:
-        x = THEN(x)
+        x = THEN(x, options(A0, A1, x.dtype))
     return x
 
 
-def forward(name: str | None) -> Callable | None:
-    """The tile function called `name`; None stays None (no activation)."""
-    return None if name is None else globals()[name]
+Options = tuple[float, float]
+"""The arguments A0 and A1 of kernels, an activation's options. The kernels declare them as float64, so that they are rounded to
+the dtype that is computed in and to no other."""
 
 
-def backward(name: str | None) -> Callable | None:
-    """The derivative of the tile function called `name`; None stays None."""
-    return None if name is None else globals()[f"{name}_grad"]
+def tile_function(
+    activation: Activation | None, grad: bool = False, of: str | None = None
+) -> tuple[Callable[..., Any] | None, Options]:
+    """The tile function of an activation, or of its derivative, and its options; None for None.
+
+    Args:
+        of: what the derivative is computed from, where that isn't what the activation says.
+    """
+    if activation is None:
+        return None, (0.0, 0.0)
+    first, second, *_ = (*activation.args, 0.0, 0.0)
+    name = activation.function
+    if grad:
+        by = f"{name}_grad_of_{of or activation.saves}"
+        name = by if hasattr(activations, by) else f"{name}_grad"
+    return getattr(activations, name), (first, second)
+
+
+@triton.jit
+def options(A0, A1, ACC: tl.constexpr):
+    """The options as tile functions take them. A0 and A1 are Python numbers in the interpreter."""
+    return tl.full((), A0, ACC), tl.full((), A1, ACC)
 
 
 def tensors(norm: Norm | None) -> tuple[torch.Tensor | None, ...]:
-    """The pointers that `finish` takes for it."""
+    """The pointers that `finish` takes for a normalisation."""
     return (None,) * 4 if norm is None else norm[:4]

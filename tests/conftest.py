@@ -24,9 +24,12 @@ import honest_interpreter  # noqa: E402
 import sanitizer  # noqa: E402
 
 import fastlayers  # noqa: E402
-from fastlayers._selfcheck import strict_float32  # noqa: E402
-from fastlayers.kernels import _launch, _record, _tiles  # noqa: E402
-from fastlayers.kernels._tiles import Tile  # noqa: E402
+from fastlayers.kernels.runtime import launch as _launch  # noqa: E402
+from fastlayers.kernels.runtime import record as _record  # noqa: E402
+from fastlayers.kernels.runtime import replay as _replay  # noqa: E402
+from fastlayers.kernels.runtime import tiles as _tiles  # noqa: E402
+from fastlayers.kernels.runtime.tiles import Tile  # noqa: E402
+from fastlayers.selfcheck import strict_float32  # noqa: E402
 
 torch.set_num_threads(1)
 if _launch.INTERPRETED:
@@ -58,13 +61,15 @@ def _fresh_random_data(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every output and workspace starts as NaN: an element that nobody writes shows."""
+    """Every output and workspace starts as NaN, of integers as the largest one: an element that nobody writes shows."""
 
     allocate = _launch.allocate
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
-        return tensor if tensor.device.type == "meta" else tensor.fill_(float("nan"))
+        if tensor.device.type == "meta":
+            return tensor
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     monkeypatch.setattr(_launch, "allocate", poisoned)
     monkeypatch.setattr(_launch, "allocate_quickly", {})
@@ -80,17 +85,55 @@ def _strict() -> Iterator[None]:
 @pytest.fixture
 def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows by one at every replay."""
+    # Earlier tests of the same layer may have filled its bucket of signatures, which would then learn new ones more slowly.
+    monkeypatch.setattr(_replay, "PER_BUCKET", 1000)
     counted: list[None] = []
-    play = _record.Take.play
-    monkeypatch.setattr(_record.Take, "play", lambda *a: (counted.append(None), play(*a))[1])
+    play = _record.Recording.play
+    monkeypatch.setattr(_record.Recording, "play", lambda *a: (counted.append(None), play(*a))[1])
     return counted
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were launched since the test began, or since it emptied the list."""
+    names: list[str] = []
+    launch = _launch.launch
+
+    def watch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+        if programs:
+            names.append(getattr(kernel, "__name__", None) or kernel.fn.__name__)
+        launch(kernel, programs, *args, **meta)
+
+    monkeypatch.setattr(_launch, "launch", watch)
+    return names
 
 
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
     """Tiles so small that small shapes cross their edges."""
     tiles = dict(
-        product=Tile(32, 16, 16), pointwise=Tile(1, 64), activation_grad=Tile(16, 16), sum_partials=Tile(2, 32)
-    )
+        product=Tile(32, 16, 16), pointwise=Tile(1, 64), activation_grad=Tile(16, 16), sum_partials=Tile(2, 32),
+        elementwise_loss=Tile(1, 64), elementwise_loss_grad=Tile(1, 64), nll_loss=Tile(1, 4), nll_loss_grad=Tile(2, 16),
+        embedding=Tile(2, 4), embedding_grad=Tile(2, 4), linear_cross_entropy_rows=Tile(4, 1),
+        gated=Tile(1, 64), gated_channels=Tile(16, 4),
+        layer_norm=Tile(2, 16), cross_entropy=Tile(2, 4, 2), cross_entropy_grad=Tile(2, 16),
+        fold=Tile(2, 16), pool=Tile(32, 2), avg_pool_large=Tile(2, 16),
+        attention=Tile(16, 32), attention_dq=Tile(16, 16), attention_dkdv=Tile(16, 32),
+        batch_norm=Tile(4, 16), batch_norm_merge=Tile(4, 8), batch_norm_whole=Tile(1, 64),
+    )  # fmt: skip
     with _tiles.force(**tiles):
+        yield
+
+
+@pytest.fixture
+def large_tiles() -> Iterator[None]:
+    """Tiles for large tensors: the interpreter takes as long over a small one."""
+    with _tiles.force(pointwise=Tile(1, 2**16), gated=Tile(1, 2**16)):
+        yield
+
+
+@pytest.fixture
+def few_programs() -> Iterator[None]:
+    """Pooling in large tiles, which take the interpreter no longer than small ones; it goes through windows pixel by pixel."""
+    with _tiles.force(pool=Tile(4096, 1)):
         yield

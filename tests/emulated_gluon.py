@@ -1,4 +1,4 @@
-"""What kernels/matmul_specialized.py uses of Gluon, in NumPy and threads: its own Python functions run here, a thread for
+"""What experimental/specialized.py uses of Gluon, in NumPy and threads: its own Python functions run here, a thread for
 each job, with barriers that count phases as PTX's do, and with everything asynchronous done as early or as late as may be.
 
 From the moment that a fetch is issued its place in shared memory is NaN until it arrives. A product reads its operands
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlayers.kernels import matmul_specialized as kernels
+from fastlayers.kernels.matmul.experimental import specialized as kernels
 
 SECONDS = 60
 
@@ -230,7 +230,7 @@ def matmul(
     a: np.ndarray,
     b: np.ndarray,
     bias: np.ndarray | None,
-    then: Callable[[Any], Any] | None,
+    then: Callable[[Any, tuple[float, ...]], Any] | None,
     tile: tuple[int, int, int],
     *,
     stages: int,
@@ -249,6 +249,6 @@ def matmul(
         machine = Machine(program, programs, seed + program, **broken)
         machine.names["_matmul_specialized_kernel"](
             None, descriptor(c, [half, tile_n]), a_tiles, b_tiles, None if bias is None else Pointer(bias), m, n, k,
-            then, *transposed, 2, stages, tile_m, tile_n, tile_k,
+            then, (), *transposed, 2, stages, tile_m, tile_n, tile_k,
         )  # fmt: skip
     return c

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import min_dot_size
 from triton.runtime import interpreter
 
-from fastlayers.kernels import _launch
+from fastlayers.kernels.runtime import launch as _launch
 
 Builder: Any = interpreter.InterpreterBuilder
 Handle = interpreter.TensorHandle
@@ -35,16 +35,11 @@ def install() -> None:
     Builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
     Builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
     Builder.create_clampf = _clamp(Builder.create_clampf)
-    interpreter.ReduceOps.min_max = _min_max(interpreter.ReduceOps.min_max)
     interpreter.ReduceOps.sum = _sum(interpreter.ReduceOps.sum)
 
     # device_assert, and with it the check that integers don't wrap.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
     interpreter.interpreter_builder.codegen_fns["min_dot_size"] = min_dot_size(GPUTarget("cuda", 90, 32))
-
-    interpreter._patch_lang_tensor = _index(interpreter._patch_lang_tensor)
-    # (-inf) - (-inf) is NaN without a word on a GPU.
-    interpreter.GridExecutor.__call__ = np.errstate(all="ignore")(interpreter.GridExecutor.__call__)
 
     _launch.bfloat16_is_exact = True
 
@@ -142,17 +137,6 @@ def _clamp(method: Callable) -> Callable:
     return clamp
 
 
-def _min_max(method: Callable) -> Callable:
-    """tl.max and tl.min ignore NaN already, by functions that warn where there is nothing else."""
-    quiet = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
-
-    @functools.wraps(method)
-    def min_max(self, input, val_reduce_op, idx_reduce_op=None):
-        return method(self, input, quiet.get(val_reduce_op, val_reduce_op), idx_reduce_op)
-
-    return min_max
-
-
 def _sum(method: Callable) -> Callable:
     @functools.wraps(method)
     def sum(self, input):
@@ -161,14 +145,3 @@ def _sum(method: Callable) -> Callable:
         return method(self, input)
 
     return sum
-
-
-def _index(patch: Callable) -> Callable:
-    """Let a number in a kernel bound a range: triton 3.6 leaves it an array of one element, numpy 2.4 refuses those."""
-
-    @functools.wraps(patch)
-    def patch_with_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    return patch_with_index

@@ -1,21 +1,24 @@
-"""What reaches Triton's launcher, with a driver that launches nothing: run by test_host.py in a process of its own, since
-the suite's interprets. Compiling is replaced, so that hundreds of specialisations cost nothing; choosing them is Triton's.
+"""What reaches Triton's launcher, with a driver that launches nothing (gpu_stub.py): run by test_host.py in a process of its
+own, since the suite's interprets. Compiling is replaced, so that hundreds of specialisations cost nothing; choosing them is
+Triton's. Looks inside: at launches, replays and Triton's caches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.compiler import CompiledKernel
+from gpu_stub import Gpu, compile, odd, ordinarily, plays, same, seen, step
+from layers import LAYERS, REPLAYED, pair
+from replays import forget
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,87 +26,16 @@ import fastlayers
 import fastlayers.functional as FL
 from bench import host
 from fastlayers import nn
-from fastlayers.kernels import (
-    _launch,
-    _record,
-    _replay,
-    _tiles,
-    conv,
-    conv_box,
-    conv_depthwise,
-    matmul,
-    pointwise,
-    reduce,
-    softmax,
-)
-from fastlayers.ops import conv as conv_op
-from fastlayers.ops import linear as linear_op
-from fastlayers.ops import pointwise as pointwise_op
-from fastlayers.ops import softmax as softmax_op
+from fastlayers.kernels import pointwise
+from fastlayers.kernels.conv import tiles as conv_tiles
+from fastlayers.kernels.runtime import launch as _launch
+from fastlayers.kernels.runtime import record as _record
+from fastlayers.kernels.runtime import replay as _replay
+from fastlayers.kernels.runtime import tiles as _tiles
+from fastlayers.ops.activation import Activation
+from fastlayers.ops.conv import _conv2d, _conv2d_inference, conv_joined
 
-MODULES = (conv, conv_box, conv_depthwise, matmul, pointwise, reduce, softmax)
-KERNELS = [k for m in MODULES for k in vars(m).values() if hasattr(k, "device_caches")]
-
-
-class Gpu(host.StubDriver):
-    """Writes down every call of the launcher in C, and calls the hooks that it would."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.device, self.stream, self.launches = -1, 0, []
-        self.utils.launch = self.launch  # type: ignore[method-assign]
-        handles = itertools.count(1)
-        self.utils.load_binary = lambda *a: (next(handles), next(handles), 32, 0, 1024)  # type: ignore[method-assign]
-        if self.launcher_cls is host._NoLauncher:
-            self.launcher_cls = lambda src, metadata: self.launch
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: Any = None) -> int:
-        return self.stream
-
-    def launch(self, *args: Any) -> None:
-        *fixed, last = args
-        flat = [*fixed, *last] if isinstance(last, (tuple, list)) else [*args]
-        hooks = [a for a in flat if isinstance(a, triton.knobs.HookChain)]
-        for hook in hooks:
-            hook(None)
-        # No hook, and None for one, are the same to it.
-        nothing = (triton.knobs.HookChain, triton.compiler.LazyDict)
-        flat = [None if isinstance(a, nothing) else a for a in flat]
-        self.launches.append([*map(_address, flat)])
-
-
-def _address(argument: Any) -> Any:
-    if isinstance(argument, TensorDescriptor):
-        return _address(argument.base), argument.shape, argument.strides, argument.block_shape, argument.padding
-    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
-
-
-def compile(src: Any, target: Any, options: Any, **_: Any) -> CompiledKernel:
-    """A kernel that is never run, one for each specialisation that Triton asks for."""
-    kernel = object.__new__(CompiledKernel)
-    names = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align", "shared")
-    kernel.metadata = SimpleNamespace(  # type: ignore[assignment]
-        **dict.fromkeys(names, 0),
-        launch_cooperative_grid=False,
-        launch_pdl=False,
-        num_warps=4,
-        tmem_size=None,
-        tensordesc_meta=[
-            dict(swizzle=3, elem_size=2, elem_type=6, block_size=kind, fp4_padded=False)
-            for kind in src.signature.values()
-            if kind.startswith("tensordesc")
-        ]
-        if host._LAUNCHES_FROM_PYTHON
-        else None,
-    )
-    kernel.src, kernel.name, kernel.kernel, kernel.hash = src, src.fn.__name__, b"", ""  # type: ignore[assignment]
-    kernel.packed_metadata = (4, 1, 0)
-    kernel.metadata_group = {}
-    kernel.module = kernel.function = kernel._run = None
-    return kernel
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @pytest.fixture
@@ -115,96 +47,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         forget()
         yield gpu
         forget()
-
-
-def forget() -> None:
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
-    for op in (conv_op, linear_op, pointwise_op, softmax_op):
-        op._forward.kinds.clear()
-        op._backward.kinds.clear()
-
-
-@contextlib.contextmanager
-def ordinarily() -> Iterator[None]:
-    """Every launch by Triton's own kernel[grid](...)."""
-    _launch.trace = []
-    try:
-        yield
-    finally:
-        _launch.trace = None
-
-
-@contextlib.contextmanager
-def allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
-    """What is allocated within; kept, so that no address comes twice."""
-    made: list[torch.Tensor] = []
-
-    def allocate(size: Any, stride: Any, *, dtype: Any, device: Any) -> torch.Tensor:
-        made.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
-        return made[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_launch, "allocate", allocate)
-        patch.setattr(_launch, "allocate_quickly", {})
-        yield made
-
-
-def seen(gpu: Gpu, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
-    """The launches of a call, with what it allocated called by its turn; and what that was."""
-    gpu.launches.clear()
-    with allocations(monkeypatch) as made:
-        call()
-        names = {t.data_ptr(): f"allocation {i}" for i, t in enumerate(made)}
-
-    def named(argument: Any) -> Any:
-        if isinstance(argument, tuple):
-            return tuple(map(named, argument))
-        return names.get(argument, argument) if isinstance(argument, int) else argument
-
-    launches = [[*map(named, launch)] for launch in gpu.launches]
-    return launches, [(t.shape, t.stride(), t.dtype) for t in made]
-
-
-def same(
-    gpu: Gpu, run: Callable[[], Any], counted: list[None], repeat: int, monkeypatch: pytest.MonkeyPatch, passes: int = 2
-) -> None:
-    """A step of so many passes, replayed from the third time on, launches what it does without replays."""
-    before = len(counted)
-    got = seen(gpu, run, monkeypatch)
-    assert repeat < 2 or len(counted) == before + passes
-    with ordinarily():
-        assert got == seen(gpu, run, monkeypatch)
-    assert got[0]
-
-
-def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows by one at every replay."""
-    counted: list[None] = []
-    play = _record.Take.play
-    monkeypatch.setattr(_record.Take, "play", lambda *a: (counted.append(None), play(*a))[1])
-    return counted
-
-
-def step(call: Callable[..., torch.Tensor], *leaves: torch.Tensor | None) -> Callable[[], None]:
-    """Forward and backward, with a gradient that lies at the same address every time."""
-    inputs = [t for t in leaves if t is not None]
-    dy = torch.randn_like(call(*leaves))
-
-    def run() -> None:
-        torch.autograd.grad(call(*leaves), inputs, dy)
-
-    return run
-
-
-def odd(t: torch.Tensor) -> torch.Tensor:
-    """The same at an address that 16 does not divide."""
-    flat = torch.empty(t.numel() + 1, dtype=t.dtype)
-    assert flat.data_ptr() % 16 == 0
-    return flat[1:].view(t.shape).requires_grad_(t.requires_grad)
-
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def linears(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
@@ -249,6 +91,15 @@ def test_a_replay_of_other_layers(dtype: torch.dtype, gpu: Gpu, monkeypatch: pyt
                 same(gpu, run, counted, repeat, monkeypatch)
 
 
+@pytest.mark.parametrize("name", REPLAYED)
+def test_a_replay_of_every_layer(name: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = plays(monkeypatch)
+    both = [(pair(LAYERS[name], torch.device("cpu")), dtype) for dtype in (torch.float16, torch.float32)]
+    for repeat in range(3):
+        for layer, dtype in both:
+            same(gpu, step(layer.ours, *layer.draw(dtype, requires_grad=True)), counted, repeat, monkeypatch)
+
+
 def convolutions(dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
     """A kernel each of those that a convolution may come to, the copies before them among them."""
     last = torch.channels_last
@@ -277,7 +128,7 @@ def convolutions(dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], dict[
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_replay_of_convolutions(dtype: torch.dtype, boxes: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies, descriptors and all. A slice of an image that begins elsewhere isn't replayed; none is here."""
-    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0 if boxes else 2**62)
+    monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 0 if boxes else 2**62)
     counted = plays(monkeypatch)
     for repeat in range(3):
         for leaves, geometry in convolutions(dtype):
@@ -288,7 +139,7 @@ def test_a_replay_of_convolutions(dtype: torch.dtype, boxes: bool, gpu: Gpu, mon
 @pytest.mark.parametrize("boxes", [False, True])
 def test_a_replay_of_epilogues(boxes: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Normalised, added to and activated, as in eval."""
-    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0 if boxes else 2**62)
+    monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 0 if boxes else 2**62)
     counted = plays(monkeypatch)
     for repeat in range(3):
         for leaves, geometry in convolutions(torch.float16):
@@ -296,15 +147,18 @@ def test_a_replay_of_epilogues(boxes: bool, gpu: Gpu, monkeypatch: pytest.Monkey
             statistics = [torch.empty_like(b) for _ in range(4)]
             residual = FL.conv2d(x, w, **geometry)
             for norm in (None, (*statistics, 1e-5)):
-                epilogue = dict(then=nn.ReLU.pointwise, norm=norm, residual=residual)
-                run = functools.partial(FL.conv2d_then, x, w, b, **geometry, **epilogue)
+                geometry = dict(stride=1, padding=0, dilation=1, groups=1) | geometry
+                epilogue = dict(activation=Activation("relu"), norm=norm, residual=residual)
+                run = functools.partial(
+                    conv_joined, (_conv2d, _conv2d_inference), x, w, b, *geometry.values(), **epilogue
+                )
                 same(gpu, run, counted, repeat, monkeypatch, passes=1)
 
 
 def test_tensor_maps_are_made_once_for_an_address(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     if not host._LAUNCHES_FROM_PYTHON:
         pytest.skip("Triton's launcher makes them itself")
-    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0)
+    monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 0)
     x, w = (torch.empty(2, 64, 8, 8, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(2))
     for _ in range(3):
         FL.conv2d(x, w)
@@ -317,14 +171,15 @@ def test_tensor_maps_are_made_once_for_an_address(gpu: Gpu, monkeypatch: pytest.
     for other in others:
         FL.conv2d(other, w)
     assert len({args[0] for args in made}) == len(others)
-    (maps,) = {
+    remembered = [
         len(cell.cell_contents)
-        for kinds in conv_op._forward.kinds.values()
-        for describe in kinds[0].take.script.__globals__.values()  # type: ignore[union-attr]
+        for take in gc.get_objects()
+        if type(take) is _record.Recording
+        for describe in take.script.__globals__.values()
         for cell in getattr(describe, "__closure__", None) or ()
-        if isinstance(cell.cell_contents, dict) and len(cell.cell_contents) > 1
-    }
-    assert maps <= _record.MAPS
+        if isinstance(cell.cell_contents, dict)
+    ]
+    assert 1 < max(remembered) <= _record.MAPS
 
 
 def test_a_chain_is_two_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,7 +350,7 @@ def test_tensors_of_one_storage(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(counted) == 2
     with ordinarily():
         assert got == seen(gpu, lambda: FL.linear(x, w, b), monkeypatch)
-    linear_op._forward.kinds.clear()
+    forget()
     for _ in range(4):
         got = seen(gpu, lambda: FL.linear(x, x), monkeypatch)
     assert len(counted) == 2

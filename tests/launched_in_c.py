@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import launched
+import gpu_stub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,11 @@ import fastlayers
 import fastlayers.functional as FL
 from bench import host
 from fastlayers import nn
-from fastlayers.kernels import _launch, _tiles, matmul
+from fastlayers.kernels.conv import tiles as conv_tiles
+from fastlayers.kernels.matmul import matmul
+from fastlayers.kernels.matmul import tiles as matmul_tiles
+from fastlayers.kernels.runtime import launch as _launch
+from fastlayers.kernels.runtime import tiles as _tiles
 
 LAST = torch.channels_last
 
@@ -39,12 +43,12 @@ def cuda() -> Iterator[Any]:
 
 @pytest.fixture
 def plays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    return launched.plays(monkeypatch)
+    return gpu_stub.plays(monkeypatch)
 
 
 def test_a_replay_reaches_cuda_as_triton_does(cuda: Any, plays: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same function, grid and number of launches, and the address of what is returned."""
-    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0)
+    monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 0)
     r = torch.empty
     images = [
         r(2, 64, 8, 8, dtype=torch.half).to(memory_format=LAST),
@@ -105,7 +109,7 @@ def test_cuda_takes_our_tensor_maps_of_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of both directions and of both gradients: negative coordinates, phases, pixels that overlap, few channels, groups."""
-    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0)
+    monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 0)
     before = cuda.stub_launches()
     leaves = [torch.empty(s, dtype=torch.half).to(memory_format=LAST).requires_grad_() for s in (x_shape, w_shape)]
     y = FL.conv2d(*leaves, **geometry)
@@ -117,14 +121,14 @@ def test_cuda_takes_our_tensor_maps_of_images(
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in _tiles.box_tiles("sm_90") if not name[1].startswith("weight")], ids="/".join
+    "name", [name for name in conv_tiles.box_tiles("sm_90") if not name[1].startswith("weight")], ids="/".join
 )
 def test_cuda_takes_the_tensor_maps_of_every_box(name: tuple[str, str], cuda: Any) -> None:
     dtype = torch.float32 if name[0] == "tf32" else torch.half
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     for shape in ((300, 64, 7, 7), (4, 64, 56, 56)):
         x, w = (torch.empty(s, dtype=dtype).to(memory_format=LAST) for s in (shape, (64, 64, 3, 3)))
-        with _tiles.force(box=_tiles.box_tiles("sm_90")[name]):
+        with _tiles.force(box=conv_tiles.box_tiles("sm_90")[name]):
             FL.conv2d(x, w, padding=1)
 
 
@@ -134,8 +138,8 @@ def test_cuda_takes_the_tensor_maps_of_every_product(kind: str, cuda: Any) -> No
     dtype = torch.float32 if kind == "tf32" else torch.half
     a, b = torch.empty(256, 512, dtype=dtype), torch.empty(384, 512, dtype=dtype)
     before, count = cuda.stub_launches(), 0
-    specialized = [replace(_tiles.specialized(_tiles.Device("sm_90", 132)), programs=0)] * (kind == "16")
-    for product in _tiles.descriptor_products("sm_90")[kind] + specialized:
+    specialized = [replace(matmul_tiles.specialized(_tiles.Device("sm_90", 132)), programs=0)] * (kind == "16")
+    for product in matmul_tiles.descriptor_products("sm_90")[kind] + specialized:
         if product.programs or product.splits > 1:
             continue  # the same maps
         product = replace(product, programs=4) if product.specialized else product

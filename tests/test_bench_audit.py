@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import assembly, audit, gpus
-from bench.cases import TARGETS, cases, representative
+from bench import assembly, audit, catalog_cases
+from bench.cases import TARGETS, Case, cases, representative
+from fastlayers.catalog import ROWS, Row
+from fastlayers.kernels import softmax
+from fastlayers.kernels.runtime import launch as _launch
+from fastlayers.kernels.runtime import tiles as _tiles
+from fastlayers.reporting import dry_run, gpus
 
 # Products on sm_90 (by cuobjdump) and sm_100 (by nvdisasm), and a softmax, with most of the arithmetic left out.
 HOPPER = """
@@ -173,6 +178,30 @@ def test_width(name: str, bits: int) -> None:
     assert assembly.width(name) == bits
 
 
+# The weight gradient with bias gradient in TF32: threads load %a, which the product under way reads.
+TWICE = """
+  tt.func public @kernel() {
+    %0 = scf.for %i = %c0 to %K step %c32 iter_args(%arg = %cst) -> (tensor<128x64xf32, #mma>) : i32 {
+      %a = ttg.memdesc_index %ring[%i] : !ttg.memdesc<2x128x32xf32> -> !ttg.memdesc<128x32xf32>
+      %sum = ttg.local_load %a token %t : !ttg.memdesc<128x32xf32> -> tensor<128x32xf32, #blocked1>
+      %acc = ttng.warp_group_dot %a, %b, %arg {inputPrecision = 0 : i32, isAsync = true} : !ttg.memdesc<128x32xf32>
+      scf.yield %acc : tensor<128x64xf32, #mma>
+    }
+    %1 = scf.for %i = %c0 to %K step %c32 iter_args(%arg = %cst) -> (tensor<128x64xf32, #mma>) : i32 {
+      %acc = ttng.warp_group_dot %a, %b, %arg {inputPrecision = 0 : i32, isAsync = true} : !ttg.memdesc<128x32xf32>
+      scf.yield %acc : tensor<128x64xf32, #mma>
+    }
+    %2 = ttg.local_load %a : !ttg.memdesc<128x32xf32> -> tensor<128x32xf32, #blocked1>
+  }
+"""
+
+
+def test_operands_that_threads_read_too() -> None:
+    assert assembly.operands_read_twice(TWICE) == ["%a"]
+    assert assembly.operands_read_twice(TWICE.replace("%sum = ttg.local_load %a", "%sum = ttg.local_load %c")) == []
+    assert assembly.operands_read_twice(TWICE.replace("isAsync = true", "isAsync = false")) == []
+
+
 ROW: dict[str, Any] = {
     "kernel": "matmul", "target": "sm_90", "registers": 170, "spills": 0, "stack": 0, "shared": 147456,
     "matrix": {"HGMMA.64x256x16.F32.BF16": 8}, "tma": 0, "async": {"128": 24}, "loads": {"32": 8}, "stores": {"128": 16},
@@ -249,13 +278,87 @@ def test_cases_have_names_of_their_own_and_rooflines() -> None:
         labels = [case.label for case in cases(target)]
         assert len(set(labels)) == len(labels)
         for case in cases(target):
-            if case.work is not None:
-                assert case.work.flops > 0
-                assert case.work.bytes > 0
+            if case.wide:
+                continue  # the same call as the narrow case's
+            assert case.work.bytes > 0
+            if case.cost is None:
+                assert (case.work.flops > 0) == case.name.startswith(("matmul", "conv", "box", "depthwise"))
     product = next(case for case in cases("sm_90") if case.name.startswith("matmul forward 16/large"))
-    assert product.work is not None
     assert product.work.flops == 2 * 8192 * 4096 * 4096
     assert product.work.bytes == 2 * (8192 * 4096 * 2 + 4096 * 4096 + 4096)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_kernel_of_the_catalogs_layers_is_compiled(target: str) -> None:
+    """With every epilogue that they ask for, whichever family they are of."""
+    device = _tiles.Device(target, 132)
+    compiled = {catalog_cases.compiled(case, device) for case in cases(target)}
+    for row in ROWS:
+        for speed in row.speeds.values():
+            with dry_run.noting(device) as noted:
+                catalog_cases._call(speed, torch.bfloat16, precision="ieee")
+            assert {catalog_cases.kernel(launch) for launch in noted.launches} <= compiled, row.name
+
+
+def few(row: Row) -> Row:
+    """With the first of its speeds and cases alone."""
+    return row._replace(**{kind: dict([*getattr(row, kind).items()][:2]) for kind in ("speeds", "cases")})
+
+
+def test_a_family_needs_no_line_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing being launched by hand, every layer's kernels are found. A launch whose code an earlier one has is left out."""
+    monkeypatch.setattr(catalog_cases.catalog, "ROWS", [few(row) for row in ROWS])
+    found = catalog_cases.cases("sm_80", [])
+    assert {case.name.split(" ")[0] for case in found} == {row.name for row in ROWS if row.speeds}
+    assert len({case.label for case in found}) == len(found)
+    linear = [case for case in found if case.name.startswith("Linear ") and case.dtype == torch.bfloat16]
+    assert {"_matmul_kernel"} <= {case.kernel for case in linear} <= {"_matmul_kernel", "_sum_partials_kernel"}
+    assert len({case.name for case in linear}) == len(linear)
+    assert {case.arithmetic for case in found if case.dtype == torch.float32} == {"ieee", "tf32"}
+    one = [case for case in found if case.name.startswith("Softmax") and case.name.endswith(", 32768 x 4096")]
+    picked = [case for case in one if case.dtype == torch.bfloat16 and "answers" not in case.call.keywords]  # type: ignore[attr-defined]
+    forward, backward = (case.work for case in picked)
+    assert (forward.bytes, backward.bytes) == (2 * 2 * 2**27, 3 * 2 * 2**27)
+
+
+def test_every_tile_of_a_table_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that no size in the catalog is given by the launcher, too, each once for a kernel and a dtype."""
+    monkeypatch.setattr(catalog_cases.catalog, "ROWS", [row for row in ROWS if row.name == "Softmax"])
+    found = [case for case in catalog_cases.cases("sm_80", []) if case.kernel == "_softmax_rows_kernel"]
+    for dtype in (torch.bfloat16, torch.float32):
+        names = [case.name for case in found if case.dtype == dtype]
+        for n, tile in softmax._SOFTMAX_ROWS.items():
+            expected = f"Softmax softmax rows {tile.m}x{n} w{tile.warps},"
+            assert n < 64 or any(name.startswith(expected) for name in names), expected
+    call: Any = next(case.call for case in found if "answers" in case.call.keywords)  # type: ignore[attr-defined]
+    ((number, tile),) = call.keywords["answers"]
+    with dry_run.noting(dry_run.ANY) as noted:
+        call()
+    launched = [launch.meta for launch in noted.launches if launch.kernel.__name__ == "_softmax_rows_kernel"]
+    assert [(meta["TILE_M"], meta["TILE_N"]) for meta in launched] == [(tile.m, tile.n)]
+    assert number == 0
+
+
+def test_the_launch_that_a_case_means_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several of one kernel, the one with as many before it; wide ones are told so."""
+
+    class Kernel:
+        __name__ = "_kernel"
+
+        def warmup(self, *args: Any, grid: Any, **meta: Any) -> tuple[Any, ...]:
+            return *args, meta
+
+    def call() -> None:
+        for i in range(3):
+            _launch.launch(Kernel(), 1, i, WIDE=False)
+
+    monkeypatch.setattr(audit.driver, "set_active", lambda driver: None)
+    for wide in (False, True):
+        compiled: list[Any] = []
+        case = Case("x", "_kernel", torch.float32, call, {}, before=1, wide=wide)
+        with audit._compiling("sm_90", case, compiled):
+            case.call()
+        assert compiled == [(1, {"WIDE": wide})]
 
 
 def test_representative_part() -> None:
@@ -292,5 +395,4 @@ def test_flops_of_the_cases_agree_with_torchs_counter() -> None:
     case = next(case for case in cases("sm_90") if case.name.startswith("conv forward ieee/small"))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         torch.nn.Conv2d(256, 256, 3, stride=2, padding=1)(torch.empty(32, 256, 56, 56))
-    assert case.work is not None
     assert case.work.flops == counter.get_total_flops()

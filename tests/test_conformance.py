@@ -1,187 +1,180 @@
 """torch's own test databases: `module_db` on our classes, `op_db` on our functions, and every torch.nn module, accelerated.
 
-Everything in them runs under policy("triton"), where torch's own functions are an error, except what ON_TORCH names: then
-under "auto", and the reason must be the one that stands there.
+Which classes and functions are ours, the catalog says. Every sample must run on the kernels, except for what a row of the
+catalog says that torch's own function takes: then the reason must be found there, in the README's words.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import pickle
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from databases import (
+    FLOATS,
+    MARKS,
+    MODULES,
+    OPS,
+    ROW,
+    SCALE,
+    Call,
+    few,
+    first,
+    function_of,
+    gradients,
+    leaves,
+    of_dtypes,
+    on_kernels,
+    tolerance,
+)
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+from torch.testing._internal.common_utils import noncontiguous_like
 from torch.utils._pytree import tree_map
 
 import fastlayers
-import fastlayers.functional as FL
+from fastlayers.catalog import ROWS
 from fastlayers.testing import assert_within_budget, neighbours
 
-pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
-# The import would forbid everyone to set torch.backends' switches, and warns that optional packages are missing.
-with mock.patch.object(torch.backends, "disable_global_flags"), warnings.catch_warnings(action="ignore"):
-    from torch.testing._internal.common_methods_invocations import op_db
-    from torch.testing._internal.common_modules import module_db
-    from torch.testing._internal.common_utils import noncontiguous_like
-
-# torch makes a padded copy for "same" and says so; we don't. A lazy module says that it is new, forward
-# mode uses torch.jit.script, and complex numbers are cast.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning"),
-]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-OURS = {"Linear": "linear", "Conv2d": "conv2d", "ReLU": "relu", "Softmax": "softmax", "LazyConv2d": "conv2d"}
-MODULES = [info for info in module_db if info.module_cls.__name__ in OURS]
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "nn.functional.linear": FL.linear,
-    "nn.functional.conv2d": FL.conv2d,
-    "nn.functional.relu": FL.relu,
-    "softmax": FL.softmax,
-}
-OPS = [info for info in op_db if info.name in FUNCTIONS]
-
-# What of the databases runs on torch's functions, and why. All other samples run on the kernels.
-ON_TORCH = {("softmax", "a tensor without dimensions")}
-
-
-def of_dtypes(infos: list[Any], dtypes: Callable[[Any], Any]) -> list[Any]:
-    return [
-        pytest.param(info, dtype, id=f"{getattr(info, 'full_name', None) or info.name}-{str(dtype)[6:]}")
-        for info in infos
-        for dtype in sorted(dtypes(info), key=str)
-    ]
+pytestmark = MARKS
 
 
 def test_the_databases_have_us() -> None:
-    assert {info.module_cls.__name__ for info in MODULES} == OURS.keys()
-    assert {info.name for info in OPS} == FUNCTIONS.keys()
-    assert not any(info.module_error_inputs_func for info in MODULES)  # nothing there to test
+    known = {info.module_cls.__name__ for info in module_db}  # Upsample and Hardsigmoid aren't
+    assert {info.module_cls.__name__ for info in MODULES} >= {r.name for r in ROWS if r.operation is not None} & known
+    # op_db has no fold.
+    assert {function_of(info) for info in OPS} == {name for name, row in ROW.items() if not row.random} - {"fold"}
+    assert any(info.is_lazy for info in MODULES)
+    assert any(info.module_error_inputs_func for info in MODULES)
+    assert any(info.error_inputs_func for info in OPS)
 
 
-def on_kernels(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of the call, having seen that kernels computed it unless ON_TORCH says otherwise."""
-    results: list[Any] = []
-    with fastlayers.policy("auto"):
-        for decision in fastlayers.explain(lambda: results.append(call(*args, **kwargs))):
-            allowed = [why for op, why in ON_TORCH if op == decision.op]
-            reason = decision.reason
-            assert reason is None or reason.startswith(tuple(allowed)), f"{decision.op} on torch: {reason}"
-    return results[0]
-
-
-def leaves(tree: Any) -> list[torch.Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-def to(dtype: torch.dtype, tree: Any) -> Any:
-    return tree_map(
-        lambda t: t.detach().to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t, tree
-    )
-
-
-def gradients(call: Callable[[], torch.Tensor], *wanted: torch.Tensor, dy: torch.Tensor | None = None) -> list[Any]:
-    """y, and the gradients of what requires one."""
-    y = call()
-    wanted = tuple(t for t in wanted if t.requires_grad)
-    if not wanted or not y.requires_grad:
-        return [y]
-    return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y) if dy is None else dy)]
-
-
-# --- module_db ---------------------------------------------------------------------------------------------------------
+def accepts(cls: type, *names: str) -> bool:
+    return set(names) <= inspect.signature(cls.__init__).parameters.keys()
 
 
 class Sample:
-    """A row of module_db: our module and torch's with the same parameters, and an input."""
+    """A row of module_db: our module and torch's with the same parameters, and a call."""
 
     def __init__(self, info: Any, row: Any, device: torch.device, dtype: torch.dtype, training: bool):
         name = info.module_cls.__name__
         args, kwargs = row.constructor_input.args, row.constructor_input.kwargs
+        factory = dict(device=device, dtype=dtype) if accepts(info.module_cls, "device", "dtype") else {}
         self.make = lambda space, **more: getattr(space, name)(*args, **{**kwargs, **more})
-        self.ours = self.make(fastlayers.nn, **self.factory(info, device, dtype)).train(training)
-        self.theirs = self.make(torch.nn, **self.factory(info, device, dtype)).train(training)
-        forward = row.forward_input
-        self.inputs = (*forward.args, *forward.kwargs.values())
+        self.arguments = repr((args, kwargs))
+        self.ours = self.make(fastlayers.nn, **factory).train(training)
+        self.theirs = self.make(torch.nn, **factory).train(training)
+        # Leaves, each of its own: some of the database's rows give one tensor twice.
+        self.call = Call(row.forward_input.args, row.forward_input.kwargs).map(torch.clone)
         self.reference = None
         if row.reference_fn is not None:
-            self.reference = lambda: row.reference_fn(self.ours, *forward.args, **forward.kwargs)
+            detached = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, self.call.tree)
+            self.reference = lambda: row.reference_fn(self.ours, *detached[0], **detached[1])
         if info.is_lazy:
             with torch.no_grad():
-                on_kernels(self.ours, *self.inputs)
-                self.theirs(*self.inputs)
+                on_kernels(self.call.of, self.ours)
+                self.call.of(self.theirs)
         self.theirs.load_state_dict(self.ours.state_dict())
-
-    @staticmethod
-    def factory(info: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        return {} if info.module_cls.__name__ in ("ReLU", "Softmax") else dict(device=device, dtype=dtype)
 
 
 def samples(info: Any, device: torch.device, dtype: torch.dtype, requires_grad: bool = True) -> Iterator[Sample]:
-    for training in (True, False):
+    """In training and in eval; once, if the module isn't told them apart."""
+    for training in (True, False) if info.train_and_eval_differ else (True,):
         rows = info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=requires_grad, training=training)
         assert rows
-        yield from (Sample(info, row, device, dtype, training) for row in rows)
+        yield from (Sample(info, row, device, dtype, training) for row in few(rows))
 
 
-by_module = pytest.mark.parametrize(("info", "dtype"), of_dtypes(MODULES, lambda info: info.dtypes))
+by_module = pytest.mark.parametrize(  # in complex dtypes, which transposed convolutions have, too, torch computes
+    ("info", "dtype"), of_dtypes(MODULES, lambda info: [dtype for dtype in info.dtypes if dtype in FLOATS])
+)
 by_module_once = pytest.mark.parametrize("info", MODULES, ids=lambda info: info.module_cls.__name__)
 
 
 @by_module
 def test_module(info: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Forward, every gradient, the database's reference, inputs and parameters with gaps, and copies."""
+    copied: set[str] = set()
     for sample in samples(info, device, dtype):
-        ours, theirs = sample.ours, sample.theirs
+        ours, theirs, call = sample.ours, sample.theirs, sample.call
         exact = copy.deepcopy(theirs).double()
         gapped = copy.deepcopy(ours)
         for parameter in gapped.parameters():
             parameter.data = noncontiguous_like(parameter.data)
-        x = sample.inputs
-        dy = torch.randn_like(theirs(*x))
-        near_by = neighbours(*x, dy)
-        others = [
-            gradients(lambda: theirs(*moved), *moved, *theirs.parameters(), dy=moved_dy)  # noqa: B023
-            for *moved, moved_dy in ([*(t.detach().requires_grad_() for t in near[:-1]), near[-1]] for near in near_by)
-        ]
-        wide = [t.detach().double().requires_grad_() for t in x]
-        right = gradients(lambda: exact(*wide), *wide, *exact.parameters(), dy=dy.double())  # noqa: B023
-        apart = [noncontiguous_like(t).detach().requires_grad_() for t in x]
-        pickled = pickle.loads(pickle.dumps(ours))
-        for module, inputs, dy_ in (
-            (ours, x, dy), (ours, apart, noncontiguous_like(dy)), (gapped, x, dy), (gapped, apart, dy),
-            (copy.deepcopy(ours), x, dy), (pickled, x, dy),
-        ):  # fmt: skip
-            mine = on_kernels(gradients, lambda: module(*inputs), *inputs, *module.parameters(), dy=dy_)  # noqa: B023
+        dy = torch.randn_like(first(call.of(theirs)))
+
+        def run(module: torch.nn.Module, call: Call, dy: torch.Tensor) -> list[Any]:
+            return gradients(lambda: call.of(module), *call.floats, *module.parameters(), dy=dy)
+
+        others = []
+        for *moved, moved_dy in neighbours(*call.floats, dy):
+            moved = [t.detach().requires_grad_(u.requires_grad) for t, u in zip(moved, call.floats, strict=True)]
+            others.append(run(theirs, call.having(moved), moved_dy))
+        right = run(exact, call.map(torch.Tensor.double), dy.double())
+        apart = call.map(noncontiguous_like)
+        runs = [(ours, call, dy), (ours, apart, noncontiguous_like(dy))]
+        if [*ours.parameters()]:
+            runs += [(gapped, call, dy), (gapped, apart, dy)]
+        if sample.arguments not in copied:  # the same layer in another shape has the same copies
+            copied.add(sample.arguments)
+            runs += [(copy.deepcopy(ours), call, dy), (pickle.loads(pickle.dumps(ours)), call, dy)]
+        for module, given, dy_ in runs:
+            mine = on_kernels(run, module, given, dy_)
             for a, c, *b in zip(mine, right, *others, strict=True):
-                assert_within_budget(a, b, c, str(ours))
-        if sample.reference is not None:
-            torch.testing.assert_close(on_kernels(ours, *x), sample.reference())
+                assert_within_budget(a, b, c, str(ours), SCALE[info.module_cls.__name__])
+        # The database's reference rounds as well, in 16 bits more than torch does. The errors were judged by float64 above.
+        if sample.reference is not None and dtype.itemsize > 2:
+            torch.testing.assert_close(
+                first(on_kernels(call.of, ours)), first(on_kernels(sample.reference)), equal_nan=True, **tolerance(ours)
+            )
 
 
+@pytest.mark.slow
 @by_module_once
 def test_module_derivatives(info: Any, device: torch.device) -> None:
     """gradcheck and gradgradcheck, of inputs and parameters, in train and eval."""
     assert info.supports_gradgrad
     for sample in samples(info, device, torch.float64):
         names = [name for name, _ in sample.ours.named_parameters()]
+        wanted = [t for t in sample.call.floats if t.requires_grad]
 
-        def call(*tensors: torch.Tensor, sample: Sample = sample, names: list[str] = names) -> torch.Tensor:
-            count = len(sample.inputs)
-            swapped = dict(zip(names, tensors[count:], strict=True))
-            return on_kernels(torch.func.functional_call, sample.ours, swapped, tensors[:count])
+        def call(*tensors: torch.Tensor, sample: Sample = sample, names: Any = names, wanted: Any = wanted) -> Any:
+            swap = dict(zip(map(id, wanted), tensors, strict=False))
+            args, kwargs = sample.call.having([swap.get(id(t), t) for t in sample.call.floats]).tree
+            parameters = dict(zip(names, tensors[len(wanted) :], strict=True))
+            return on_kernels(torch.func.functional_call, sample.ours, parameters, args, kwargs)
 
-        tensors = (*sample.inputs, *sample.ours.parameters())
+        tensors = (*wanted, *sample.ours.parameters())
         assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "info", [info for info in MODULES if info.module_error_inputs_func], ids=lambda info: info.module_cls.__name__
+)
+def test_module_errors(info: Any, device: torch.device) -> None:
+    """module_error_inputs: torch's exception with torch's message, under every policy."""
+    for path, training in itertools.product(("auto", "triton", "torch"), (True, False)):
+        errors = info.module_error_inputs_func(
+            info, device=device, dtype=torch.float32, requires_grad=False, training=training
+        )
+        assert errors
+        for error in errors:
+            made, given = error.module_error_input.constructor_input, error.module_error_input.forward_input
+
+            def build(made: Any = made) -> torch.nn.Module:
+                return getattr(fastlayers.nn, info.module_cls.__name__)(*made.args, **made.kwargs)
+
+            if error.error_type is IndexError and path != "torch":
+                continue  # torch looks at the indices on a CPU alone
+            of_forward = error.error_on is ModuleErrorEnum.FORWARD_ERROR
+            module = build() if of_forward else None
+            with fastlayers.policy(path), pytest.raises(error.error_type, match=error.error_regex):
+                build() if module is None else module(*given.args, **given.kwargs)
 
 
 @by_module_once
@@ -193,13 +186,14 @@ def test_module_construction(info: Any, device: torch.device) -> None:
         described = []
         for space in (fastlayers.nn, torch.nn):
             cls = getattr(space, info.module_cls.__name__)
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "dtype")}
             torch.manual_seed(0)
             made = [cls(*args, **kwargs)]
             with torch.device("meta"):
                 made.append(cls(*args, **kwargs))
-            if Sample.factory(info, device, torch.float16):
+            if accepts(info.module_cls, "device", "dtype"):
                 made.append(cls(*args, **kwargs, device=device, dtype=torch.float16))
-            if Sample.factory(info, device, torch.float16) and not info.is_lazy:
+            if accepts(info.module_cls, "device", "dtype") and not info.is_lazy:
                 made.append(torch.nn.utils.skip_init(cls, *args, **kwargs, device=device))
             if not info.is_lazy:
                 made.append(made[1].to_empty(device=device))
@@ -219,38 +213,42 @@ def test_module_construction(info: Any, device: torch.device) -> None:
 @by_module_once
 def test_module_memory_format(info: Any, device: torch.device) -> None:
     """Strides of result and gradients as torch's, for input and module in either format."""
-    for sample in samples(info, device, torch.float32, requires_grad=False):
-        if not sample.inputs or sample.inputs[0].dim() != 4:
+    for sample in samples(info, device, torch.float32):
+        dims = 5 if any(p.dim() == 5 for p in sample.ours.parameters()) else 4
+        if not sample.call.floats or sample.call.floats[0].dim() != dims:
             continue
-        formats = (torch.contiguous_format, torch.channels_last)
-        for of_input in formats:
-            for of_module in formats:
-                x = sample.inputs[0].to(memory_format=of_input)
-                results = []
-                for module, watch in ((sample.ours, on_kernels), (sample.theirs, lambda f, *args: f(*args))):
-                    leaf = x.detach().clone().requires_grad_()
-                    module.to(memory_format=of_module)
-                    results.append(watch(gradients, lambda: module(leaf), leaf, *module.parameters()))  # noqa: B023
-                for a, b in zip(*results, strict=True):
-                    torch.testing.assert_close(a, b)
-                assert [t.stride() for t in results[0][:2]] == [t.stride() for t in results[1][:2]]
+        formats = (torch.contiguous_format, torch.channels_last if dims == 4 else torch.channels_last_3d)
+        for of_input, of_module in itertools.product(formats, formats):
+            results = []
+            for module, watch in ((sample.ours, on_kernels), (sample.theirs, lambda f, *args: f(*args))):
+                call = sample.call.map(lambda t: t.clone().to(memory_format=of_input) if t.dim() == dims else t)  # noqa: B023
+                module.to(memory_format=of_module)
+                try:
+                    results.append(watch(gradients, lambda: call.of(module), *call.floats, *module.parameters()))  # noqa: B023
+                except RuntimeError as error:  # nll_loss of torch on a CPU has no such gradient
+                    if watch is on_kernels or "must be contiguous" not in str(error):
+                        raise
+            if len(results) < 2:
+                continue
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # the numbers are judged elsewhere
+            assert [t.stride() for t in results[0][:2]] == [t.stride() for t in results[1][:2]]
 
 
-@by_module_once
+@pytest.mark.parametrize(
+    "info", [info for info in MODULES if accepts(info.module_cls, "inplace")], ids=lambda info: info.module_cls.__name__
+)
 def test_module_in_place(info: Any, device: torch.device) -> None:
     """check_inplace: the input is the result, counted as changed, with the gradients of the other way."""
-    if info.module_cls.__name__ != "ReLU":
-        assert "inplace" not in info.module_cls.__init__.__code__.co_varnames
-        return
     for sample in samples(info, device, torch.float32):
-        (x,) = sample.inputs
+        (x,) = sample.call.floats
         before = x.detach().clone().requires_grad_()
         clone = before.clone()
         version = clone._version
-        y = on_kernels(fastlayers.ReLU(inplace=True), clone)
+        y = on_kernels(sample.make(fastlayers.nn, inplace=True), clone)
         assert y is clone
         assert y._version == version + 1
-        assert torch.equal(y, sample.ours(x))
+        torch.testing.assert_close(y, sample.ours(x), rtol=1e-6, atol=1e-6)  # torch may have computed one of the two
         y.square().sum().backward()
         torch.testing.assert_close(before.grad, torch.autograd.grad(sample.theirs(x).square().sum(), x)[0])
 
@@ -282,7 +280,9 @@ def test_every_torch_module_accelerated(info: Any, device: torch.device) -> None
     dtype = torch.float64 if "Fractional" in info.name else torch.float32  # those inputs hold float64 samples
     for training in (True, False):
         torch.manual_seed(0)
-        for row in info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=training):
+        for row in few(
+            info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=training)
+        ):
             if row.forward_input is None:
                 continue
             args, kwargs = row.constructor_input.args, row.constructor_input.kwargs
@@ -296,135 +296,10 @@ def test_every_torch_module_accelerated(info: Any, device: torch.device) -> None
             assert tensors == [id(t) for t in (*ours.parameters(), *ours.buffers())]
             with fastlayers.policy("auto"):
                 mine, other = _called(ours, row), _called(theirs, row)
-            torch.testing.assert_close(mine, other, equal_nan=True)
+            torch.testing.assert_close(mine, other, equal_nan=True, **tolerance(ours))
             called += 1
             fastlayers.restore(ours)
             if not info.is_lazy:
                 assert classes == [type(m) for m in ours.modules()]
             assert not any(type(m).__module__.startswith("fastlayers") for m in ours.modules())
     assert called
-
-
-# --- op_db -------------------------------------------------------------------------------------------------------------
-
-by_function = pytest.mark.parametrize(
-    ("info", "dtype"), of_dtypes(OPS, lambda info: info.dtypes if not torch.cuda.is_available() else info.dtypesIfCUDA)
-)
-by_function_once = pytest.mark.parametrize("info", OPS, ids=lambda info: info.full_name)
-
-
-def calls(info: Any, sample: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Ours and torch's function on a sample's arguments, given its tensors."""
-    ours, theirs = FUNCTIONS[info.name], info.op
-    if info.name == "softmax":  # op_db calls torch.softmax, which has no `_stacklevel`
-        theirs = torch.nn.functional.softmax
-    return ours, theirs
-
-
-def tensors_of(sample: Any) -> list[torch.Tensor]:
-    return leaves((sample.input, sample.args, sample.kwargs))
-
-
-def apply(function: Callable[..., Any], sample: Any) -> Any:
-    return function(sample.input, *sample.args, **sample.kwargs)
-
-
-def expanded(tree: Any) -> Any:
-    """Every tensor with dimensions as one of its slices, expanded."""
-    return tree_map(
-        lambda t: (
-            t.detach()[:1].expand(t.shape).requires_grad_(t.requires_grad)
-            if isinstance(t, torch.Tensor) and t.dim() and len(t)
-            else t
-        ),
-        tree,
-    )
-
-
-@by_function
-def test_function(info: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """reference_inputs: as they are, with gaps, expanded; forward and every gradient."""
-    floating = dtype in FLOATS
-    count = Counter()
-    every = list(info.reference_inputs(device, dtype, requires_grad=floating))  # the sample_inputs among them
-    assert len(every) >= len(list(info.sample_inputs(device, dtype)))
-    for sample in every:
-        ours, theirs = calls(info, sample)
-        for kind in ("as it is", "gaps", "expanded"):
-            row = sample
-            if kind != "as it is" and sample.input.numel() > 2**16:
-                continue  # the interpreter takes long over them
-            if kind == "gaps":
-                row = sample.noncontiguous()
-            elif kind == "expanded":
-                row = sample.transform(expanded)
-            count[kind] += 1
-            if not floating:
-                with fastlayers.policy("auto"):
-                    mine, other = (apply(f, row) for f in (ours, theirs))
-                torch.testing.assert_close(mine, other, rtol=0, atol=0)
-                continue
-
-            # Some of the database's leaves are views that gradients don't reach.
-            row = row.transform(lambda t: t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t)
-            y = apply(theirs, row)
-            dy = torch.randn_like(y)
-            tensors = tensors_of(row)
-            assert all(t.requires_grad for t in tensors)
-            mine = on_kernels(gradients, lambda: apply(ours, row), *tensors, dy=dy)  # noqa: B023
-            others = []
-            for *moved, moved_dy in neighbours(*tensors, dy):
-                for t in moved:
-                    t.requires_grad_()
-                swap = dict(zip(map(id, tensors), moved, strict=True))
-                near = row.transform(lambda t: swap.get(id(t), t))  # noqa: B023
-                others.append(gradients(lambda: apply(theirs, near), *moved, dy=moved_dy))  # noqa: B023
-            exact = row.transform(
-                lambda t: t.detach().double().requires_grad_()
-                if isinstance(t, torch.Tensor)
-                else torch.float64 if isinstance(t, torch.dtype) and t.is_floating_point else t
-            )  # fmt: skip
-            right = gradients(lambda: apply(theirs, exact), *tensors_of(exact), dy=dy.double())  # noqa: B023
-            for a, c, *b in zip(mine, right, *others, strict=True):
-                assert_within_budget(a, b, c, f"{info.full_name} {kind} {row}")
-            assert mine[0].stride() == y.stride()
-    assert min(count.values()) > 0.8 * len(every)
-
-
-@by_function_once
-def test_function_errors(info: Any, device: torch.device) -> None:
-    """error_inputs: torch's exception with torch's message, under every policy."""
-    if info.error_inputs_func is None:
-        assert info.name != "nn.functional.conv2d"
-        return
-    seen = 0
-    for path in ("auto", "triton", "torch"):
-        for error in info.error_inputs(device):
-            with fastlayers.policy(path), pytest.raises(error.error_type, match=error.error_regex):
-                apply(FUNCTIONS[info.name], error.sample_input)
-            seen += 1
-    assert seen >= 30
-
-
-@by_function_once
-def test_function_derivatives(info: Any, device: torch.device) -> None:
-    """gradcheck with batched gradients and forward mode, gradgradcheck."""
-    assert info.supports_autograd
-    assert info.supports_gradgrad
-    seen = 0
-    for sample in info.sample_inputs(device, torch.float64, requires_grad=True):
-        tensors = tensors_of(sample)
-        if any(t.numel() == 0 for t in tensors):
-            continue  # no derivative to check; test_function compares them with torch's
-
-        def call(*swapped: torch.Tensor, sample: Any = sample, tensors: Any = tensors) -> torch.Tensor:
-            swap = dict(zip(map(id, tensors), swapped, strict=True))
-            return apply(FUNCTIONS[info.name], sample.transform(lambda t: swap.get(id(t), t)))  # noqa: B023
-
-        with fastlayers.policy("auto"):  # forward mode is torch's own
-            assert torch.autograd.gradcheck(
-                call, tensors, fast_mode=True, check_batched_grad=True, check_forward_ad=info.supports_forward_ad
-            )
-        assert torch.autograd.gradgradcheck(lambda *t, call=call: on_kernels(call, *t), tensors, fast_mode=True)
-        seen += 1
-    assert seen

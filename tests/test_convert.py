@@ -13,9 +13,9 @@ import torch
 
 import fastlayers
 from fastlayers import accelerate, restore
+from fastlayers.catalog import CLASSES, ROWS, Case, Row
 
 LAZY = "ignore:Lazy modules are a new feature:UserWarning"
-ALL = {"Conv2d", "LazyConv2d", "LazyLinear", "Linear", "ReLU", "Sequential", "Softmax"}
 
 
 def small() -> torch.nn.Sequential:
@@ -42,14 +42,33 @@ def classes(model: torch.nn.Module) -> list[type]:
 
 @pytest.mark.filterwarnings(LAZY)
 def test_every_class_of_ours_has_its_origin() -> None:
-    for name in ALL:
-        model = torch.nn.Module()
-        arguments = {"Sequential": (), "ReLU": (), "Softmax": (1,)}.get(name, (1, 1) if name != "Conv2d" else (1, 1, 1))
-        model.layer = getattr(torch.nn, name)(*arguments)
+    for theirs, ours in CLASSES.items():
+        assert ours is getattr(fastlayers, theirs.__name__)
+        assert ours.__bases__[0] is theirs
+        layer = theirs.__new__(theirs)
+        torch.nn.Module.__init__(layer)
+        model = torch.nn.ModuleList([layer])
         accelerate(model)
-        assert type(model.layer) is getattr(fastlayers, name)
+        assert type(model[0]) is ours
         restore(model)
-        assert type(model.layer) is getattr(torch.nn, name)
+        assert type(model[0]) is theirs
+
+
+@pytest.mark.parametrize(
+    ("row", "case"), [pytest.param(r, c, id=f"{r.name}-{n}") for r in ROWS for n, c in r.cases.items()]
+)
+def test_every_case_there_and_back(row: Row, case: Case) -> None:
+    theirs, ours = case.make(torch.nn), case.make(fastlayers.nn)
+    model = torch.nn.ModuleList([theirs])
+    accelerate(model)
+    # What torch's constructor makes inside a layer of ours is torch's.
+    assert all([issubclass(a, b) for a, b in zip(classes(theirs), classes(ours), strict=True)])
+    assert type(theirs) is type(ours)
+    # A row of a function alone is called by a module of the tests.
+    assert row.name in {type(m).__name__ for m in theirs.modules()} or not hasattr(torch.nn, row.name)
+    assert repr(theirs) == repr(ours)
+    restore(model)
+    assert classes(theirs) == classes(case.make(torch.nn))
 
 
 def test_there_and_back(model: torch.nn.Sequential, image: torch.Tensor) -> None:
@@ -142,7 +161,7 @@ def test_what_is_left_alone_and_why() -> None:
             patched=patched,
             tiled=tiled,
             attention=nn.MultiheadAttention(4, 2),
-            dropout=nn.Dropout(),
+            bilinear=nn.Bilinear(2, 2, 2),
             fine=nn.Linear(2, 2),
         )
     )
@@ -155,7 +174,7 @@ def test_what_is_left_alone_and_why() -> None:
         "patched": "its forward was replaced",
         "tiled": "its forward was replaced",
         "attention.out_proj": "its parent reads its weight and never calls it",
-        "dropout": "fastlayers has no Dropout",
+        "bilinear": "fastlayers has no Bilinear",
         "fine": None,
     }
     assert [b for b, a in zip(before, classes(model), strict=True) if a is not b] == [nn.Linear]
@@ -228,6 +247,60 @@ def test_copies_and_pickles_can_be_restored(model: torch.nn.Sequential) -> None:
         restore(copied)
         assert classes(copied) == before
     assert type(model) is fastlayers.Sequential
+
+
+def parts(model: torch.nn.Sequential) -> list[torch.nn.Module]:
+    """What Python makes of a Sequential, and what people make of one."""
+    edited = copy.deepcopy(model)
+    edited.append(edited.pop(0)).insert(0, edited[1:3]).extend(edited[:2])
+    edited *= 2
+    added = copy.copy(model)
+    added += model[:1]
+    return [
+        model[1:4], model[::-1], model[:], model + model, model * 2, 2 * model, model[:2] + torch.nn.Sequential(torch.nn.ReLU()),
+        torch.nn.Sequential(torch.nn.ReLU()) + model[:2], model[3][:1], edited, added, copy.copy(model), copy.copy(model[4]),
+        torch.nn.ModuleList(model), torch.nn.Sequential(*model.children()), torch.optim.swa_utils.AveragedModel(model[4]),
+        pickle.loads(pickle.dumps(model[1:4] + model)), copy.deepcopy(model[2:] * 2),
+    ]  # fmt: skip
+
+
+def test_parts_and_sums_can_be_restored(model: torch.nn.Sequential) -> None:
+    """To torch's classes, of containers and of what is in them. Of what was built as ours, parts are ours."""
+    plain = [classes(part) for part in parts(copy.deepcopy(model))]
+    for i, expected in enumerate(plain):
+        converted = copy.deepcopy(model)
+        accelerate(converted)
+        part = parts(converted)[i]
+        restore(part)
+        assert classes(part) == expected, i
+    built = fastlayers.Sequential(fastlayers.Linear(2, 2), fastlayers.ReLU())
+    for part in (built[:1], built + built, built * 2):
+        assert not restore(part).changed
+
+
+def test_built_layers_become_torchs(model: torch.nn.Sequential, image: torch.Tensor) -> None:
+    nn = fastlayers.nn
+    built = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Sequential(nn.Linear(8, 4), nn.ReLU()), nn.Linear(4, 3), nn.Softmax(1)
+    ).to(image.device)  # fmt: skip
+    built.load_state_dict(model.state_dict())
+    assert len(restore(built, to=torch.nn).changed) == 8
+    assert classes(built) == classes(model)
+    torch.testing.assert_close(built(image), model(image))
+    assert len(accelerate(built).changed) == 8
+    assert len(restore(built, to=torch.nn).changed) == 8
+    assert [vars(a).keys() for a in built.modules()] == [vars(b).keys() for b in model.modules()]
+
+    class Own(nn.Linear):
+        pass
+
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    reasons = [row.reason for row in restore(torch.nn.ModuleList([Own(2, 2), normed, torch.nn.ReLU()]), to=torch.nn)]
+    assert reasons[:2] == ["a subclass of Linear", "parametrized since: remove the parametrizations first"]
+    assert reasons[-1] == "not one of ours"
+    for to in (torch, fastlayers.nn, "torch.nn"):
+        with pytest.raises(ValueError, match=r"layers are restored to torch\.nn, not to"):
+            restore(built, to=to)  # type: ignore[arg-type]
 
 
 def test_changed_since(model: torch.nn.Sequential) -> None:

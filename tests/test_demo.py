@@ -1,4 +1,6 @@
-"""The demo passes where it should, and fails where it must: wrong numbers, or a layer that torch computed."""
+"""The demo passes where it should, and fails where it must: wrong numbers, or a layer that torch computed.
+
+Looks inside: it puts wrong launchers in the place of ours."""
 
 from __future__ import annotations
 
@@ -16,21 +18,31 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from fastlayers import _demo, _selfcheck
+from replays import forget
 
-LINEAR, CONV = (dataclasses.replace(network, batch=8) for network in _demo.NETWORKS)
+from fastlayers import demo, selfcheck
+
+LINEAR, CONV, PATCHES = (dataclasses.replace(network, batch=8) for network in demo.NETWORKS)
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Launches remembered before or within are no others'."""
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture(autouse=True)
 def _as_on_the_command_line() -> Iterator[None]:
-    with fastlayers.policy("auto"), _selfcheck.strict_float32(), _demo.threadpool_limits(1):
+    with fastlayers.policy("auto"), selfcheck.strict_float32(), demo.threadpool_limits(1):
         yield
 
 
-def compare(network: _demo.Network) -> _demo.Outcome:
-    train, test = _demo.digits(_selfcheck.device())
-    few = _demo.Digits(test.images[:8], test.labels[:8])
-    return _demo.compare(network, train, few, seed=0, epochs=1, steps=3)
+def compare(network: demo.Network) -> demo.Outcome:
+    train, test = demo.digits(selfcheck.device())
+    few = demo.Digits(test.images[:8], test.labels[:8])
+    return demo.compare(network, train, few, seed=0, epochs=1, steps=3)
 
 
 def scaled(f: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., Any]:
@@ -46,29 +58,29 @@ def scaled(f: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., An
 
 
 def test_sound_networks_pass(tmp_path: Path) -> None:
-    outcomes = [compare(LINEAR), compare(CONV)]
-    assert [outcome.problems for outcome in outcomes] == [[], []]
+    outcomes = [compare(LINEAR), compare(CONV), compare(PATCHES)]
+    assert [outcome.problems for outcome in outcomes] == [[], [], []]
     assert all(layer.backward for outcome in outcomes for layer in outcome.layers if layer.path == "triton")
     assert all("Flatten" in layer.name for outcome in outcomes for layer in outcome.layers if layer.path == "torch")
-    _demo.plot(outcomes, tmp_path / "loss.png")
+    demo.plot(outcomes, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_a_wrong_relu_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastlayers.ops.conv as ops
 
-    wrong = scaled(ops.kernels.conv2d, lambda **kwargs: kwargs["then"] == "relu")
+    wrong = scaled(ops.kernels.conv2d, lambda **kwargs: kwargs["then"] is not None)
     monkeypatch.setattr(ops.kernels, "conv2d", wrong)
-    monkeypatch.setattr(ops._forward, "kinds", {})  # launches remembered from other tests
     (problem,) = compare(CONV).problems
     assert "stray" in problem
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_a_wrong_weight_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastlayers.ops.linear as ops
 
     monkeypatch.setattr(ops, "matmul", scaled(ops.matmul, lambda **kwargs: "operand_sums" in kwargs))
-    monkeypatch.setattr(ops._backward, "kinds", {})
     (problem,) = compare(LINEAR).problems
     assert "stray" in problem
 
@@ -84,26 +96,26 @@ def test_a_problem_is_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compared = compare(LINEAR)
-    monkeypatch.setattr(_demo, "NETWORKS", (LINEAR,))
-    monkeypatch.setattr(_demo, "compare", lambda *_, **__: compared)
+    monkeypatch.setattr(demo, "NETWORKS", (LINEAR,))
+    monkeypatch.setattr(demo, "compare", lambda *_, **__: compared)
     file = tmp_path / "loss.png"
-    assert _demo.main(0, 1, file, _selfcheck.device()) == 0
+    assert demo.main(0, 1, file, selfcheck.device()) == 0
     compared.problems.append("something is off")
-    assert _demo.main(0, 1, file, _selfcheck.device()) == 1
+    assert demo.main(0, 1, file, selfcheck.device()) == 1
     assert "something is off" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("layer", _selfcheck.LAYERS)
+@pytest.mark.parametrize("layer", selfcheck.LAYERS)
 def test_selfcheck(layer: str) -> None:
-    assert _selfcheck.problem(layer, torch.float32) is None
-    assert _selfcheck.problem(layer, torch.float64) is None
+    assert selfcheck.problem(layer, torch.float32) is None
+    assert selfcheck.problem(layer, torch.float64) is None
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_selfcheck_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastlayers.ops.linear as ops
 
     monkeypatch.setattr(ops, "matmul", scaled(ops.matmul, lambda **kwargs: "operand_sums" in kwargs))
-    monkeypatch.setattr(ops._backward, "kinds", {})
-    found = _selfcheck.problem("Linear", torch.float32)
+    found = selfcheck.problem("Linear", torch.float32)
     assert found is not None
     assert found.startswith("gradient of weight is off")

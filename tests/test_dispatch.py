@@ -1,4 +1,4 @@
-"""The door: which path, why, and who can ask."""
+"""Which path a call takes, why, and who can ask."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastlayers
 import fastlayers.functional as FL
 from fastlayers import NotAccelerated, nn
+from fastlayers._kernels import OutOfResources
+from fastlayers.catalog import CLASSES, ROWS, Row
+from fastlayers.kernels.runtime import launch as _launch
 
 
 def reason(call: Any, *args: Any) -> str | None:
@@ -61,6 +65,35 @@ def test_every_reason(device: torch.device) -> None:
     assert next(iter(seen[0])).reason == "a functorch transform is active"
 
 
+def test_a_kernel_that_does_not_fit_gives_way_to_torch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward, and in the backward alone. Only the compiled kernel says how much shared memory it needs."""
+    launch, fits = _launch.launch, False
+
+    def launch_if_it_fits(kernel: Any, *args: Any, **meta: Any) -> None:
+        if not fits:
+            raise OutOfResources(262_176, 232_448, "shared memory")
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(_launch, "launch", launch_if_it_fits)
+    x, w = (torch.randn(3, 4, device=device, requires_grad=True) for _ in range(2))
+    dy, want = torch.randn(3, 3, device=device), F.linear(x, w)
+    with pytest.raises(NotAccelerated, match=r"^linear: this GPU can't run a kernel of the call: .*262176"):
+        FL.linear(x, w)
+    with fastlayers.policy("auto"):
+        torch.testing.assert_close(FL.linear(x, w), want)
+        assert "262176" in str(reason(FL.linear, x, w))
+    fits = True
+    y = FL.linear(x, w)
+    fits = False
+    with pytest.raises(NotAccelerated, match=r"^linear backward: this GPU can't run"):
+        y.backward(dy, retain_graph=True)
+    with fastlayers.policy("auto"):
+        (decision,) = fastlayers.explain(lambda: y.backward(dy, retain_graph=True))
+        assert "262176" in str(decision.reason)
+        got, expected = (torch.autograd.grad(out, (x, w), dy) for out in (y, want))
+        torch.testing.assert_close(got, expected)
+
+
 def test_tensors_without_memory_are_torchs(device: torch.device) -> None:
     """Zeros that nobody stored, and what functionalization wraps: first, and after calls that are replayed."""
     fastlayers.policy("auto")
@@ -103,7 +136,7 @@ def test_explain_prints_a_table_and_is_data(device: torch.device) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Flatten(), nn.Softmax(1)).to(device)
     explanation = fastlayers.explain(model, torch.randn(2, 4, device=device))
     assert [(d.module, d.op, d.path) for d in explanation] == [
-        ("0 + 1", "linear_chain", "triton"),
+        ("0 + 1", "linear", "triton"),
         ("2", "Flatten", "torch"),
         ("3", "softmax", "triton"),
     ]
@@ -206,29 +239,18 @@ def test_threads(device: torch.device) -> None:
 
 
 def test_drop_in_namespaces() -> None:
-    """Ours where we have it, torch's own object everywhere else; one changed import line is enough."""
+    """One changed import line is enough. What else the namespaces hold, test_namespace.py says."""
     import fastlayers.nn.functional as from_nn
 
     assert from_nn is FL is nn.functional
-    ours = {"Conv2d", "LazyConv2d", "LazyLinear", "Linear", "ReLU", "Sequential", "Softmax"}
-    for name in dir(torch.nn):
-        if name in ours:
-            assert getattr(nn, name) is getattr(fastlayers, name)
-            assert getattr(nn, name) is not getattr(torch.nn, name)
-            assert issubclass(getattr(nn, name), getattr(torch.nn, name))
-        elif name != "functional" and not name.startswith("_"):
-            assert getattr(nn, name) is getattr(torch.nn, name), name
-    for name in dir(F):
-        if name in {"conv2d", "linear", "relu", "softmax"}:
-            assert getattr(FL, name).__module__.startswith("fastlayers")
-        elif not name.startswith("_"):
-            assert getattr(FL, name) is getattr(F, name), name
-    with pytest.raises(AttributeError):
-        _ = nn.Nothing
+    for theirs, ours in CLASSES.items():
+        assert getattr(nn, theirs.__name__) is getattr(fastlayers, theirs.__name__) is ours
+        assert ours is not theirs
+        assert issubclass(ours, theirs)
     scope: dict[str, Any] = {}
     exec("from fastlayers.nn import *", scope)
     assert scope["Linear"] is fastlayers.Linear
-    assert scope["Dropout"] is torch.nn.Dropout
+    assert scope["Bilinear"] is torch.nn.Bilinear
 
 
 def test_policy_object_used_later(device: torch.device) -> None:
@@ -256,16 +278,18 @@ def test_nested_tensors_are_torchs(device: torch.device) -> None:
                 torch.testing.assert_close(a, c)
 
 
-def test_autocast_of_one_device_and_tensors_of_another(device: torch.device) -> None:
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_autocast_of_one_device_and_tensors_of_another(row: Row, device: torch.device) -> None:
     """Of "meta", say, which knows no autocast."""
-    x = torch.empty(2, 3, 4, 4, device="meta")
-    with fastlayers.policy("auto"), torch.autocast(device.type, torch.bfloat16):
-        for make in (
-            lambda s: s.Conv2d(3, 4, 1, device="meta"), lambda s: s.Linear(4, 5, device="meta"), lambda s: s.Softmax(1),
-            lambda s: s.ReLU(), lambda s: s.Sequential(s.Linear(4, 5, device="meta"), s.ReLU()),
-        ):  # fmt: skip
-            ours, theirs = make(nn)(x), make(torch.nn)(x)
-            assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    for case in row.cases.values():
+        if getattr(case.make(torch.nn), "momentum", 0) is None:
+            continue  # torch asks the counter of batches for its number, which no tensor on "meta" has
+        arguments = case.arguments(torch.float32, "meta")
+        with fastlayers.policy("auto"), torch.autocast(device.type, torch.bfloat16):
+            both = [tree_leaves(case.make(space).to("meta")(*arguments)) for space in (nn, torch.nn)]
+        ours, theirs = ([(t.shape, t.dtype, t.device) for t in results] for results in both)
+        assert ours == theirs
 
 
 def test_missing_arguments_are_named_as_torchs() -> None:

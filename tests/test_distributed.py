@@ -117,6 +117,7 @@ def worker(rank: int, run: Callable[[int], None], rendezvous: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 @pytest.mark.parametrize("run", [data_parallel, fully_sharded, tensor_parallel])
 def test_distributed(run: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Between
 from torch._dynamo.backends.debugging import aot_eager
 
 import fastlayers
@@ -95,7 +95,7 @@ IN_EVAL = [
     "stem",
     "layers.0.downsample.0 + layers.0.downsample.1",
     *[f"layers.{i}.conv{j} + layers.{i}.bn{j}{add} + layers.{i}.relu"
-      for i in (0, 1) for j, add in ((1, ""), (2, ""), (3, " + Add"))],
+      for i in (0, 1) for j, add in ((1, ""), (2, ""), (3, " + add"))],
     "fc",
 ]  # fmt: skip
 
@@ -110,7 +110,9 @@ def test_a_residual_network_in_eval(pair: Any, x: torch.Tensor, plays: list[None
         plays.clear()
         assert_within_budget(ours(x), near, exact)
         assert len(plays) == len(IN_EVAL), "all of it replayed"
-    assert [name for name in together(ours, x) if "+" in name] == []
+    # With gradients, a normalisation and what is behind it.
+    norms = [f"layers.{i}.bn{j} + layers.{i}.relu" for i in (0, 1) for j in (1, 2)]
+    assert [name for name in together(ours, x) if "+" in name] == norms
     assert_within_budget(ours(x), near, exact)
 
 
@@ -184,7 +186,7 @@ def test_a_container_with_a_hook_stays_whole(device: torch.device, x: torch.Tens
         torch.testing.assert_close(fused(x), model(x))
         assert len(seen) == 2
         assert "layers.0.conv1" in together(fused, x)
-        assert "layers.1.conv3 + layers.1.bn3 + Add + layers.1.relu" in together(fused, x)
+        assert "layers.1.conv3 + layers.1.bn3 + add + layers.1.relu" in together(fused, x)
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own
@@ -201,7 +203,7 @@ def test_compiled(pair: Any, x: torch.Tensor) -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), theirs(x))
     torch._dynamo.reset()
-    assert called.count("fastlayers.conv2d") == len(IN_EVAL) - 1
+    assert sum(name.startswith("fastlayers.conv2d") for name in called) == len(IN_EVAL) - 1
     assert not any("add" in name or "norm" in name for name in called), called
 
 
@@ -239,236 +241,6 @@ def test_linear_layers_are_one_function(ways: Any, device: torch.device) -> None
         y = model(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
     torch.testing.assert_close(*results)
-
-
-class Between(torch.nn.Module):
-    """A convolution, something, and a ReLU or an addition."""
-
-    def __init__(self, forward: Callable[[Any, torch.Tensor], Any]):
-        super().__init__()
-        self.conv, self.other = torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.Conv2d(2, 2, 1)
-        self.norm, self.relu, self.through = torch.nn.BatchNorm2d(2), torch.nn.ReLU(inplace=True), forward
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.through(self, x.clone())
-
-
-def used_twice(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    return m.relu(y + 0) + y
-
-
-def returned_as_well(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    return y, F.relu(y)
-
-
-def input_overwritten(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    x.mul_(2)
-    return F.relu(y) + x
-
-
-def input_overwritten_by_a_module(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    z = m.relu(x)
-    return F.relu(y + z)
-
-
-def input_overwritten_by_an_operator(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    x += 1
-    return F.relu(y) + x
-
-
-def input_overwritten_by_an_index(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    x[0] = 7
-    return F.relu(y)
-
-
-def input_overwritten_as_out(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    torch.mul(x, 3, out=x)
-    return F.relu(y) + x
-
-
-def added_into_the_other(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    z = m.other(x)
-    kept = z.view(-1)
-    z += y
-    return F.relu(z), kept
-
-
-def added_to_itself(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    return F.relu(y + y)
-
-
-def added_with_alpha(m: Any, x: torch.Tensor) -> Any:
-    return F.relu(torch.add(m.conv(x), x, alpha=3))
-
-
-def added_number(m: Any, x: torch.Tensor) -> Any:
-    return F.relu(m.conv(x) + 1.5)
-
-
-def added_size(m: Any, x: torch.Tensor) -> Any:
-    return F.relu(m.conv(x) + x.size(0))
-
-
-def added_row(m: Any, x: torch.Tensor) -> Any:
-    return F.relu(m.norm(m.conv(x)) + x[:1, :, :1])
-
-
-def added_float(m: Any, x: torch.Tensor) -> Any:
-    return F.relu(m.conv(x) + x.float())
-
-
-def added_from_the_left(m: Any, x: torch.Tensor) -> Any:
-    return F.relu(x + m.norm(m.conv(x)))
-
-
-def added_twice(m: Any, x: torch.Tensor) -> Any:
-    return F.relu(m.norm(m.conv(x)) + x + m.other(x))
-
-
-def added_after_the_activation(m: Any, x: torch.Tensor) -> Any:
-    return m.norm(F.relu(m.conv(x)) + x)
-
-
-def both_are_convolutions(m: Any, x: torch.Tensor) -> Any:
-    return torch.add(m.norm(m.conv(x)), m.other(x)).relu_()
-
-
-def one_layer_twice(m: Any, x: torch.Tensor) -> Any:
-    return m.relu(m.conv(m.relu(m.conv(x)) + x) + x)
-
-
-def added_in_place(m: Any, x: torch.Tensor) -> Any:
-    y = m.norm(m.conv(x))
-    y += x
-    return F.relu(y)
-
-
-def added_in_place_in_another_dtype(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    y += torch.ones_like(x, dtype=torch.float32)
-    z = m.conv(x).float()
-    z += x
-    return F.relu(y), F.relu(m.other(x).add_(x.float())), z
-
-
-def numbers_in_place(m: Any, x: torch.Tensor) -> Any:
-    start = end = x.size(3) - 3
-    end += 2
-    return F.relu(m.conv(x))[..., start:end]
-
-
-def other_operators_in_place(m: Any, x: torch.Tensor) -> Any:
-    y = m.conv(x)
-    kept = y.view(-1)
-    y *= 2
-    y -= x
-    y /= 3
-    y **= 2
-    y[:, 0] = 1
-    return F.relu(y), kept
-
-
-def one_norm_for_two(m: Any, x: torch.Tensor) -> Any:
-    """Whose running statistics go by the order of calls."""
-    y, z = m.conv(x), m.other(x)
-    z = m.norm(z)
-    return F.relu(m.norm(y)) + z
-
-
-def formats(m: Any, x: torch.Tensor) -> Any:
-    last = x.contiguous(memory_format=torch.channels_last)
-    return F.relu(last + m.conv(x)), F.relu(m.conv(x) + last), m.other(F.relu(last + m.conv(x)))
-
-
-def by_keyword(m: Any, x: torch.Tensor) -> Any:
-    return m.relu(input=m.norm(input=m.conv(input=x)))
-
-
-def normalised_twice(m: Any, x: torch.Tensor) -> Any:
-    return m.relu(m.norm(m.norm(m.conv(x))))
-
-
-PROGRAMS = [
-    used_twice, returned_as_well, input_overwritten, input_overwritten_by_a_module, input_overwritten_by_an_operator,
-    input_overwritten_by_an_index, input_overwritten_as_out, added_into_the_other, added_to_itself, added_with_alpha,
-    added_number, added_size, added_row, added_float, added_from_the_left, added_twice, added_after_the_activation,
-    added_in_place, added_in_place_in_another_dtype, numbers_in_place, other_operators_in_place, one_norm_for_two, formats,
-    both_are_convolutions, one_layer_twice, by_keyword, normalised_twice,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_programs(program: Any, x: torch.Tensor) -> None:
-    """In eval without gradients, and in training."""
-    theirs, x = Between(program).to(x.device).double(), x.double()
-    ours = copy.deepcopy(theirs)
-    fastlayers.accelerate(ours)
-    fused = fastlayers.fuse(ours)
-    for training in (False, True):
-        for _ in range(3):
-            with torch.set_grad_enabled(training):
-                expected, found = (model.train(training)(x) for model in (theirs, fused))
-            torch.testing.assert_close(found, expected, check_stride=True)
-        torch.testing.assert_close(fused.state_dict(), theirs.state_dict())
-
-
-class Random(torch.nn.Module):
-    """A forward drawn by lot: layers, sums and writes, in any order and on anything, most of them on the last result."""
-
-    def __init__(self, seed: int):
-        super().__init__()
-        draw = random.Random(seed)
-        self.layers = torch.nn.ModuleList([
-            torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.Conv2d(2, 2, 1, bias=False), torch.nn.BatchNorm2d(2),
-            torch.nn.BatchNorm2d(2), torch.nn.ReLU(), torch.nn.ReLU(inplace=True),
-        ])  # fmt: skip
-        self.program = []
-        for i in range(14):
-            first = i if draw.random() < 0.85 else draw.randrange(i + 1)
-            what = draw.choice("LLLLLLLL++=*rsv")
-            self.program.append((what, first, draw.randrange(i + 1), draw.randrange(len(self.layers))))
-        self.kept = draw.randrange(len(self.program))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        values = [x.clone()]
-        for what, first, second, layer in self.program:
-            a, b = values[first], values[second]
-            if what == "L":
-                a = self.layers[layer](a)
-            elif what == "+":
-                a = a + b
-            elif what == "=":
-                a += b
-            elif what == "*":
-                a = a.mul_(0.5)
-            elif what == "r":
-                a = F.relu(a)
-            elif what == "s":
-                a = torch.relu_(a)
-            else:
-                a = a.view(a.shape)
-            values.append(a)
-        return torch.stack([values[-1], values[self.kept], values[0]])
-
-
-@pytest.mark.parametrize("turn", range(25))
-def test_forwards_drawn_by_lot(turn: int, device: torch.device) -> None:
-    theirs = Random(int(torch.randint(2**31, ()))).to(device).eval()
-    ours = copy.deepcopy(theirs)
-    fastlayers.accelerate(ours)
-    fused = fastlayers.fuse(ours)
-    x = torch.randn(1, 2, 3, 4, device=device)
-    with torch.no_grad():
-        torch.testing.assert_close(fused.double()(x.double()), theirs.double()(x.double()), check_stride=True)
 
 
 def depends_on_data(m: Any, x: torch.Tensor) -> Any:
@@ -524,12 +296,12 @@ def test_what_a_graph_would_leave_out_is_refused(forward: Any) -> None:
 def test_what_can_not_be_fused(device: torch.device) -> None:
     with pytest.raises(TypeError, match="fuse takes a module"):
         fastlayers.fuse(F.relu)  # type: ignore[arg-type]
-    model = Between(used_twice)
+    model = Between(lambda m, x: m.conv(x))
     model.forward = lambda x: x
     with pytest.raises(ValueError, match="forward was replaced"):
         fastlayers.fuse(model)
     with pytest.warns(UserWarning, match="fuse found nothing"):
-        fastlayers.fuse(Between(added_row))
+        fastlayers.fuse(Between(lambda m, x: F.relu(m.norm(m.conv(x)) + x[:1, :, :1])))
 
 
 class Constants(torch.nn.Module):

@@ -1,20 +1,26 @@
-"""What only a GPU can answer. Skipped without one."""
+"""What only a GPU can answer. Skipped without one. Looks inside: at replays, launchers and shipped tiles."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import RELU
 
 import fastlayers
 import fastlayers.functional as FL
 from fastlayers import nn
-from fastlayers.kernels import _launch, _record, _tiles
-from fastlayers.kernels._tiles import Product
-from fastlayers.kernels.matmul import matmul
-from fastlayers.testing import SPECS
+from fastlayers.catalog import ROWS, Row
+from fastlayers.kernels.conv import tiles as conv_tiles
+from fastlayers.kernels.matmul import tiles as matmul_tiles
+from fastlayers.kernels.matmul.matmul import matmul
+from fastlayers.kernels.matmul.tiles import Product
+from fastlayers.kernels.runtime import launch as _launch
+from fastlayers.kernels.runtime import record as _record
+from fastlayers.kernels.runtime import tiles as _tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -91,8 +97,8 @@ def test_replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the third call on, through Triton's launcher with addresses alone: the right numbers, on whatever stream, with
     parameters that are trained, replaced and moved."""
     plays = []
-    play = _record.Take.play
-    monkeypatch.setattr(_record.Take, "play", lambda *a: (plays.append(play(*a)), plays[-1])[1])
+    play = _record.Recording.play
+    monkeypatch.setattr(_record.Recording, "play", lambda *a: (plays.append(play(*a)), plays[-1])[1])
     monkeypatch.setattr(_launch, "allocate_quickly", QUICKLY)
     net = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
@@ -176,7 +182,11 @@ def test_shipped_tiles_of_linear(m: int, k: int, n: int, dtype: torch.dtype, dev
 
 
 def products(device: torch.device) -> list[Product]:
-    return [p for products in _tiles.descriptor_products(_tiles.device(device).architecture).values() for p in products]
+    return [
+        p
+        for products in matmul_tiles.descriptor_products(_tiles.device(device).architecture).values()
+        for p in products
+    ]
 
 
 @pytest.mark.parametrize("layout", ["forward", "input grad", "weight grad"])
@@ -193,8 +203,9 @@ def test_every_product_behind_descriptors(layout: str, device: torch.device) -> 
             b = b.T.contiguous().T if layout == "forward" else b
             plain = not product.transposed and not product.programs
             with _tiles.force(matmul=product):
-                c, sums = matmul(a, b, precision="ieee", operand_sums=dtype if plain else None)
-                undone, _ = matmul(a, b, precision="ieee", undo=("relu", saved))
+                sums = torch.empty(m, device=device, dtype=dtype) if plain else None
+                c = matmul(a, b, precision="ieee", operand_sums=sums)
+                undone = matmul(a, b, precision="ieee", undo=(RELU, saved))
             exact = a.double() @ b.double()
             band = 2**-9 if tf32 else torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 16)
             for got, want in ((c, exact), (undone, torch.where(saved <= 0, 0.0, exact))):
@@ -220,7 +231,7 @@ STRICT_DATA = {
 def test_strict_float32_on_tensor_cores(
     precision: str, data: str, k: int, device: torch.device, record_property: Callable[[str, object], None]
 ) -> None:
-    """The error against float64 is at most twice that of cuBLAS in strict float32: what _tiles.STRICT asks for."""
+    """The error against float64 is at most twice that of cuBLAS in strict float32: what matmul_tiles.STRICT asks for."""
     product = next((p for p in products(device) if p.precision == precision), None)
     if product is None:
         pytest.skip("no products behind descriptors on this GPU")
@@ -229,7 +240,7 @@ def test_strict_float32_on_tensor_cores(
     a = STRICT_DATA[data](torch.randn(512, k, device=device))
     b = torch.randn(512, k, device=device).T * (1e-6 if data == "near the maximum" else 1)
     with _tiles.force(matmul=product):
-        ours, _ = matmul(a, b, precision="ieee")
+        ours = matmul(a, b, precision="ieee")
     torchs, exact = a @ b, a.double() @ b.double()
     if data == "infinite and nan":
         assert torch.equal(ours.isnan(), exact.isnan())
@@ -290,7 +301,7 @@ def test_specialized_products(dtype: torch.dtype, transposed: tuple[bool, bool],
     """By warps with a job each, in all layouts: over the edge of a tile, few steps and many, several tiles for a program."""
     if _tiles.device(device).architecture != "sm_90":
         pytest.skip("needs a Hopper GPU")
-    product = _tiles.specialized(_tiles.device(device))
+    product = matmul_tiles.specialized(_tiles.device(device))
     for m, n, k in ((128, 256, 64), (200, 520, 72), (8, 16, 1000), (4096, 8192, 136), (3000, 1000, 4096)):
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
         left, right = (t.T.contiguous().T if flag else t for t, flag in zip((a, b), transposed, strict=True))
@@ -298,8 +309,8 @@ def test_specialized_products(dtype: torch.dtype, transposed: tuple[bool, bool],
         exact = a.double() @ b.double()
         for repeat in range(3):
             with _tiles.force(matmul=product):
-                c, _ = matmul(left, right, precision="ieee")
-                d, _ = matmul(left, right, bias=bias, then="relu", precision="ieee")
+                c = matmul(left, right, precision="ieee")
+                d = matmul(left, right, bias=bias, then=RELU, precision="ieee")
             for got, want in ((c, exact), (d, (exact + bias.double()).relu())):
                 assert (got - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm(), (m, n, k, repeat)
 
@@ -335,9 +346,9 @@ def test_descriptors_of_convolutions(
 ) -> None:
     """What of tiled tensor descriptors the convolutions rely on, against torch in float64 on the CPU: this is no place for
     another GPU kernel's opinion. NaN beyond the image shows a read where there should be none."""
-    if _tiles.device(device).architecture not in _tiles.BOX_ARCHITECTURES:
+    if _tiles.device(device).architecture not in conv_tiles.BOX_ARCHITECTURES:
         pytest.skip("needs a GPU with TMA")
-    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0)
+    monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 0)
     n, c, h, w = x_shape
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     around = torch.full((n + 2, h, w, c), float("nan"), device=device, dtype=dtype)
@@ -364,9 +375,9 @@ def test_packed_groups_keep_infinities_to_themselves(
     dtype: torch.dtype, stride: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a packed group's sum has a NaN, its members are summed up alone: a branch that finite data never take."""
-    if _tiles.device(device).architecture not in _tiles.BOX_ARCHITECTURES:
+    if _tiles.device(device).architecture not in conv_tiles.BOX_ARCHITECTURES:
         pytest.skip("needs a GPU with TMA")
-    monkeypatch.setattr(_tiles, "BOX_FLOPS", 0)
+    monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 0)
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     geometry = dict(stride=stride, padding=1, groups=32)
     x = torch.randn(4, 128, 17, 15, device=device).to(dtype, memory_format=torch.channels_last)
@@ -435,7 +446,7 @@ def test_more_programs_than_65535(device: torch.device) -> None:
 
 def test_autocast_and_grad_scaler(device: torch.device) -> None:
     net, x = model(device), torch.randn(8, 3, 6, 6, device=device)
-    twin = [p.detach().clone() for p in net.parameters()]
+    before = [p.detach().clone() for p in net.parameters()]
     scaler = torch.amp.GradScaler()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for dtype in (torch.float16, torch.bfloat16):
@@ -447,16 +458,36 @@ def test_autocast_and_grad_scaler(device: torch.device) -> None:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), twin, strict=True))
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-def test_first_call_is_not_a_benchmark(spec, device: torch.device) -> None:
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_first_call_is_not_a_benchmark(row: Row, device: torch.device) -> None:
     """A new shape costs a compilation at most, never a search: seconds, not minutes."""
-    import time
-
     begin = time.perf_counter()
-    for variant in spec.variants.values():
-        variant.make(nn).to(device)(torch.randn(variant.shape, device=device))
+    for case in row.cases.values():
+        case.make(nn).to(device)(*case.arguments(torch.float32, device))
     torch.cuda.synchronize()
     assert time.perf_counter() - begin < 60
+
+
+SHAPES = {"dropout1d": (5, 6, 7), "dropout2d": (3, 5, 4, 6), "dropout3d": (2, 3, 4, 5, 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["dropout", "alpha_dropout", "feature_alpha_dropout", *SHAPES])
+def test_dropout_draws_torchs_mask(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Bit for bit, and torch's generator has moved as far. Of sizes that vectors divide and of odd ones, of addresses that aren't
+    aligned, in one turn of torch's threads and in several."""
+    whole = torch.randn(2**22 + 1, device=device).to(dtype)
+    flat = [whole[:4096], whole[1:4097], whole[:999], whole[:-1].view(1024, -1), whole]
+    images = torch.randn(SHAPES.get(name, (9, 7, 3)), device=device).to(dtype)
+    for x in [images] if name in SHAPES or name.startswith("feature") else [images, *flat]:
+        found = []
+        for space in (F, FL):
+            torch.manual_seed(3)
+            found.append((getattr(space, name)(x + 4, 0.3, True), torch.cuda.get_rng_state(device)))
+        (theirs, after_theirs), (ours, after_ours) = found
+        # torch rounds 1 / (1 - p) to the dtype for some of them; an element that one of us dropped would be off by 4.
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+        assert torch.equal(after_theirs, after_ours)

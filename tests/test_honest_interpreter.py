@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from fastlayers.kernels import _launch
+from fastlayers.kernels.runtime import launch as _launch
 
 pytestmark = pytest.mark.skipif(not _launch.INTERPRETED, reason="mends the interpreter only")
 
@@ -24,7 +24,7 @@ def _honest():
 
 
 def _run(kernel: Any, programs, *args, **meta):
-    kernel[(programs,)](*args, **meta)
+    _launch.launch(kernel, programs, *args, **meta)
 
 
 def _every_kind_of_float32(size=2**16):

@@ -10,7 +10,7 @@ import triton.language as tl
 from sanitizer import KernelMemoryError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlayers.kernels import _launch
+from fastlayers.kernels.runtime import launch as _launch
 
 pytestmark = pytest.mark.skipif(not _launch.INTERPRETED, reason="watches the interpreter only")
 

@@ -1,4 +1,7 @@
-"""Sequential: what is fused, what isn't, and that nobody can tell."""
+"""Sequential: what is fused, what isn't, and that nobody can tell.
+
+Looks inside only to see which kernels a backward launches.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ import torch
 
 import fastlayers
 from fastlayers import nn
-from fastlayers.kernels import _launch
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -43,16 +45,23 @@ def test_convolution_and_activation_run_as_one(device: torch.device) -> None:
     assert len(first.kernels) == len(second.kernels) == 1
 
 
-def test_backward_leaves_no_kernel_between_layers(
-    mlp: nn.Sequential, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backward_leaves_no_kernel_between_layers(mlp: nn.Sequential, x: torch.Tensor, launched: list[str]) -> None:
     """All that is launched for three layers and two activations."""
     loss = mlp(x.requires_grad_()).sum()
-    launched: list[str] = []
-    monkeypatch.setattr(_launch, "trace", launched)
+    launched.clear()
     loss.backward()
-    names = [line.split("[")[0] for line in launched]
-    assert names == ["matmul_kernel"] * 6  # dW, which carries db, and dx of each layer
+    assert launched == ["_matmul_kernel"] * 6  # dW, which carries db, and dx of each layer
+
+
+def test_backward_computes_what_is_asked_for(device: torch.device, launched: list[str]) -> None:
+    """Everything requires a gradient: of the input, the last activation's derivative and then dx through every layer."""
+    model = nn.Sequential(nn.Linear(9, 17), nn.ReLU(), nn.Linear(17, 12), nn.Linear(12, 5), nn.ReLU()).to(device)
+    x = torch.randn(3, 2, 9, device=device, requires_grad=True)
+    for wanted, launches in ((x, 4), (model[3].weight, 2)):
+        y = model(x).sum()
+        launched.clear()
+        torch.autograd.grad(y, wanted)
+        assert len(launched) == launches, launched
 
 
 def hook(*_: object) -> None:
@@ -67,11 +76,11 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("name", HOOKS)
 @pytest.mark.parametrize("at", range(5))
-def test_a_layer_with_a_hook_is_not_fused(mlp: nn.Sequential, x: torch.Tensor, kind: str, at: int) -> None:
+def test_a_layer_with_a_hook_is_not_fused(mlp: nn.Sequential, x: torch.Tensor, name: str, at: int) -> None:
     expected = mlp(x)
-    handle = HOOKS[kind](mlp[at])
+    handle = HOOKS[name](mlp[at])
     alone = [module for module, _ in ops(mlp, x)]
     assert str(at) in alone
     torch.testing.assert_close(mlp(x), expected)
@@ -87,9 +96,9 @@ GLOBAL_HOOKS = {
 }
 
 
-@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
-def test_a_global_hook_stops_all_fusion(mlp: nn.Sequential, x: torch.Tensor, kind: str) -> None:
-    handle = GLOBAL_HOOKS[kind](hook)
+@pytest.mark.parametrize("name", GLOBAL_HOOKS)
+def test_a_global_hook_stops_all_fusion(mlp: nn.Sequential, x: torch.Tensor, name: str) -> None:
+    handle = GLOBAL_HOOKS[name](hook)
     try:
         assert [module for module, _ in ops(mlp, x)] == ["0", "1", "2", "3", "4"]
     finally:
@@ -149,13 +158,13 @@ def nested_model(device: torch.device) -> nn.Sequential:
 
 
 def test_one_layer_twice_and_tied_weights(device: torch.device) -> None:
-    layer, twin = nn.Linear(5, 5).to(device), torch.nn.Linear(5, 5).to(device)
-    twin.load_state_dict(layer.state_dict())
+    layer, other = nn.Linear(5, 5).to(device), torch.nn.Linear(5, 5).to(device)
+    other.load_state_dict(layer.state_dict())
     relu = nn.ReLU()
     ours = nn.Sequential(layer, relu, layer, relu, nn.Linear(5, 5).to(device))
-    theirs = torch.nn.Sequential(twin, torch.nn.ReLU(), twin, torch.nn.ReLU(), torch.nn.Linear(5, 5).to(device))
-    ours[4].weight, theirs[4].weight = layer.weight, twin.weight
-    ours[4].bias, theirs[4].bias = layer.bias, twin.bias
+    theirs = torch.nn.Sequential(other, torch.nn.ReLU(), other, torch.nn.ReLU(), torch.nn.Linear(5, 5).to(device))
+    ours[4].weight, theirs[4].weight = layer.weight, other.weight
+    ours[4].bias, theirs[4].bias = layer.bias, other.bias
     x = torch.randn(3, 5, device=device)
     ours(x).square().sum().backward()
     theirs(x).square().sum().backward()
@@ -228,15 +237,15 @@ def test_what_an_earlier_module_does_to_a_later_one(device: torch.device) -> Non
     assert len(seen) == 6
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, nn.ReLU, torch.nn.Module])
+@pytest.mark.parametrize("cls", [nn.Linear, nn.ReLU, torch.nn.Module])
 def test_patched_classes_are_not_fused(
-    kind: type, mlp: nn.Sequential, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    cls: type, mlp: nn.Sequential, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, calls = "__call__" if kind is torch.nn.Module else "forward", []
-    method = getattr(kind, name)
-    monkeypatch.setattr(kind, name, lambda self, *args: (calls.append(type(self)), method(self, *args))[1])
+    name, calls = "__call__" if cls is torch.nn.Module else "forward", []
+    method = getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda self, *args: (calls.append(type(self)), method(self, *args))[1])
     mlp(x)
-    assert len(calls) == {nn.Linear: 3, nn.ReLU: 2, torch.nn.Module: 6}[kind]
+    assert len(calls) == {nn.Linear: 3, nn.ReLU: 2, torch.nn.Module: 6}[cls]
 
 
 def test_classes_are_not_kept(device: torch.device) -> None:

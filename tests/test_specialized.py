@@ -11,12 +11,17 @@ import torch
 
 emulated_gluon = pytest.importorskip("emulated_gluon")  # Gluon comes with triton 3.6
 
-from fastlayers.kernels import _launch, _tiles, matmul  # noqa: E402
+from activations import RELU  # noqa: E402
+
+from fastlayers.kernels.matmul import matmul  # noqa: E402
+from fastlayers.kernels.matmul import tiles as matmul_tiles  # noqa: E402
+from fastlayers.kernels.runtime import launch as _launch  # noqa: E402
+from fastlayers.kernels.runtime import tiles as _tiles  # noqa: E402
 
 HOPPER = _tiles.Device("sm_90", 132)
 
 
-def relu(x: Any) -> Any:
+def relu(x: Any, options: tuple[float, ...] = ()) -> Any:
     return np.maximum(x, 0)
 
 
@@ -57,22 +62,22 @@ def test_the_emulation_sees_what_it_is_for(broken: dict[str, Any], monkeypatch: 
 def test_nobody_picks_it_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device has run it. Once it is let in: large products in 16 bits alone, with nothing but a bias to their results."""
 
-    def pick(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> _tiles.Product:
+    def pick(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> matmul_tiles.Product:
         options = {"plain": True} | options
-        return _tiles.matmul(m, n, k, dtype, "tf32", HOPPER, vectors=True, descriptors=True, **options)
+        return matmul_tiles.matmul(m, n, k, dtype, "tf32", HOPPER, vectors=True, descriptors=True, **options)
 
-    assert _tiles.SPECIALIZED == ()
+    assert matmul_tiles.SPECIALIZED == ()
     assert not pick(8192, 8192, 4096).specialized
-    monkeypatch.setattr(_tiles, "SPECIALIZED", ("sm_90",))
-    _tiles._through_descriptors.cache_clear()
+    monkeypatch.setattr(matmul_tiles, "SPECIALIZED", ("sm_90",))
+    matmul_tiles._through_descriptors.cache_clear()
     try:
-        assert pick(8192, 8192, 4096) == _tiles.specialized(HOPPER)
+        assert pick(8192, 8192, 4096) == matmul_tiles.specialized(HOPPER)
         assert not pick(8192, 8192, 4096, torch.float32).specialized
         assert not pick(8192, 8192, 4096, plain=False).specialized
         assert not pick(16, 8192, 4096).specialized
         assert not pick(512, 784, 65536).specialized
     finally:
-        _tiles._through_descriptors.cache_clear()
+        matmul_tiles._through_descriptors.cache_clear()
 
 
 def test_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,12 +87,12 @@ def test_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         _launch, "launch", lambda kernel, programs, *args, **meta: launched.append((kernel, programs, args, meta))
     )
     monkeypatch.setattr(_tiles, "device", lambda device: HOPPER)
-    monkeypatch.setattr(_tiles, "SPECIALIZED", ("sm_90",))
-    _tiles._through_descriptors.cache_clear()
+    monkeypatch.setattr(matmul_tiles, "SPECIALIZED", ("sm_90",))
+    matmul_tiles._through_descriptors.cache_clear()
     try:
         t = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")  # noqa: E731
         a, b, bias = t(8192, 4096), t(8192, 4096).T, t(8192)
-        matmul.matmul(a, b, bias=bias, then="relu", precision="ieee")
+        matmul.matmul(a, b, bias=bias, then=RELU, precision="ieee")
         ((kernel, programs, args, meta),) = launched
         assert kernel.__name__ == "_matmul_specialized_kernel"
         assert programs == 132
@@ -96,11 +101,11 @@ def test_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         assert args[4] is bias
         assert (meta["A_TRANSPOSED"], meta["B_TRANSPOSED"], meta["STAGES"]) == (False, True, 3)
         for options in (
-            dict(undo=("relu", t(8192, 8192))), dict(column_sums=torch.bfloat16), dict(operand_sums=torch.bfloat16),
+            dict(undo=(RELU, t(8192, 8192))), dict(column_sums=t(8192)), dict(operand_sums=t(8192)),
             dict(out=t(8192, 8192).T), dict(out=t(8192, 8195)[:, :8192]),
         ):  # fmt: skip
             launched.clear()
             matmul.matmul(a, b, precision="ieee", **options)  # type: ignore[arg-type]
             assert launched[0][0].__name__ == "_matmul_tma_kernel", options
     finally:
-        _tiles._through_descriptors.cache_clear()
+        matmul_tiles._through_descriptors.cache_clear()

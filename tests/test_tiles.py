@@ -8,8 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastlayers.kernels import _launch, _tiles
-from fastlayers.kernels._tiles import Device, Product, Tile
+from fastlayers.kernels import softmax
+from fastlayers.kernels.conv import tiles as conv_tiles
+from fastlayers.kernels.matmul import tiles as matmul_tiles
+from fastlayers.kernels.matmul.tiles import Product
+from fastlayers.kernels.runtime import launch as _launch
+from fastlayers.kernels.runtime import tiles as _tiles
+from fastlayers.kernels.runtime.tiles import Device, Tile
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,13 +24,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def test_every_pick_is_in_a_table(architecture: str) -> None:
     """What can be picked is what CI compiles."""
     device = Device(architecture, 108)
-    shipped = set(_tiles.products(architecture).values())
-    behind_descriptors = {form(p) for products in _tiles.descriptor_products(architecture).values() for p in products}
+    shipped = set(matmul_tiles.products(architecture).values())
+    behind_descriptors = {
+        form(p) for products in matmul_tiles.descriptor_products(architecture).values() for p in products
+    }
     sizes = (0, 1, 7, 16, 64, 1000, 8192, 10**6)
     flags = list(itertools.product((False, True), repeat=4))
     for m, n, dtype, precision in itertools.product(sizes, sizes, DTYPES, ("ieee", "tf32")):
         for vectors, descriptors, column_sums, operand_sums in flags:
-            product = _tiles.matmul(
+            product = matmul_tiles.matmul(
                 m, n, 4096, dtype, precision, device, vectors=vectors,
                 descriptors=descriptors and vectors and m * n > 0, column_sums=column_sums, operand_sums=operand_sums,
             )  # fmt: skip
@@ -40,8 +47,8 @@ def test_every_pick_is_in_a_table(architecture: str) -> None:
             assert not (column_sums or operand_sums) or not product.transposed
             assert not operand_sums or product.programs == 0
         for vectors in (False, True):
-            assert _tiles.conv(m, n, dtype, precision, device, vectors=vectors) in shipped
-            tile, splits = _tiles.conv_weight_grad(m, n, 10**6, 2, dtype, precision, device, vectors=vectors)
+            assert conv_tiles.conv(m, n, dtype, precision, device, vectors=vectors) in shipped
+            tile, splits = conv_tiles.conv_weight_grad(m, n, 10**6, 2, dtype, precision, device, vectors=vectors)
             assert tile in shipped
             assert splits >= 1
 
@@ -58,14 +65,16 @@ def pick(
     m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee", **kwargs: bool
 ) -> Product:
     arguments = {"vectors": True, "descriptors": True, **kwargs}
-    return _tiles.matmul(m, n, k, dtype, precision, H200, **arguments)
+    return matmul_tiles.matmul(m, n, k, dtype, precision, H200, **arguments)
 
 
 def test_large_products_take_large_tiles_behind_descriptors() -> None:
     large = Tile(128, 256, 64, warps=8, stages=4)
     assert pick(8192, 8192, 8192) == Product(large, "ieee", descriptors=True)
     assert pick(8192, 8192, 8192, column_sums=True, descriptors=False).tile == Tile(128, 256, 64, warps=8, stages=3)
-    assert pick(8192, 8192, 8192, vectors=False, descriptors=False).tile == _tiles.products("sm_90")["16", "gather"]
+    assert (
+        pick(8192, 8192, 8192, vectors=False, descriptors=False).tile == matmul_tiles.products("sm_90")["16", "gather"]
+    )
     assert pick(8192, 8192, 8192, torch.float32, "tf32").descriptors
     for arithmetic in (torch.float64, torch.float32):
         assert not pick(8192, 8192, 8192, arithmetic).descriptors
@@ -98,25 +107,28 @@ def test_few_rows_become_columns(m: int) -> None:
 
 def test_strict_float32_on_tensor_cores_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nowhere by default; where its error has been measured, one row switches it on, for strict float32 alone."""
-    assert not _tiles.STRICT
-    monkeypatch.setitem(_tiles.STRICT, "sm_90", "tf32x3")
-    _tiles._through_descriptors.cache_clear()
+    assert not matmul_tiles.STRICT
+    monkeypatch.setitem(matmul_tiles.STRICT, "sm_90", "tf32x3")
+    matmul_tiles._through_descriptors.cache_clear()
     assert pick(8192, 8192, 8192, torch.float32).precision == "tf32x3"
     assert pick(8192, 8192, 8192, torch.float32, "tf32").precision == "tf32"
     assert pick(8192, 8192, 8192, torch.float32, descriptors=False).precision == "ieee"
-    _tiles._through_descriptors.cache_clear()
+    matmul_tiles._through_descriptors.cache_clear()
 
 
 def test_softmax_by_length() -> None:
     for d in (1, 5, 64, 256, 1000, 32768):
-        tile = _tiles.softmax_rows(d, torch.float32)
+        tile = softmax.rows_tile(d, torch.float32)
         assert tile is not None
         assert tile.n >= d
         assert tile.m * tile.n <= 32768
-    assert _tiles.softmax_rows(32769, torch.float32) is None
-    assert _tiles.softmax_rows(16385, torch.float32, gradient=True) is None
+    assert softmax.rows_tile(32769, torch.float32) is None
+    assert softmax.rows_tile(16385, torch.float32, gradient=True) is None
+    most = Device("gfx942", 304).most_warps  # of 64 threads
+    assert softmax.rows_tile(32768, torch.float32, most_warps=most) is None
+    assert softmax.rows_tile(16384, torch.float32, most_warps=most) == Tile(1, 16384, warps=16)
     for inner in (1, 3, 17, 4096):
-        assert _tiles.softmax_blocks(10**6, inner, torch.float32).m >= 32
+        assert softmax.blocks_tile(10**6, inner).m >= 32
 
 
 def test_forcing_is_undone() -> None:
@@ -149,3 +161,25 @@ def test_vectors_needs_alignment() -> None:
     assert _launch.vectors(x[:3, :48])
     assert _launch.vectors(torch.empty(2, 32, 5, 5).to(memory_format=torch.channels_last))
     assert not _launch.vectors(torch.empty(2, 24, 5, 5).to(memory_format=torch.channels_last))
+
+
+def test_every_row_can_be_asked_for() -> None:
+    """What the audit does: it listens to a call, and then answers each question with each of its rows."""
+    launched: list[Tile] = []
+
+    def call() -> None:
+        launched.append(
+            matmul_tiles.matmul(4096, 4096, 4096, torch.float16, "ieee", H200, vectors=True, descriptors=True).tile
+        )
+
+    with _tiles.listen() as questions:
+        call()
+    assert [table for table, _ in questions] == ["matmul", "product"]
+    assert {row.tile for row in questions[0][1]} >= {launched.pop()}
+    for number, (_, rows) in enumerate(questions):
+        assert len(rows) >= 4
+        for row in rows:
+            with _tiles.listen({number: row}) as again:
+                call()
+            assert len(again) >= number + 1
+            assert launched.pop() == (row.tile if number == 0 else row)

@@ -1,13 +1,25 @@
 """What state is there? torch.nn's classes with another `forward`: a file per file of torch.nn.modules."""
 
-from .. import _fusion
-from .activation import ReLU, Softmax
-from .container import Sequential
-from .conv import Conv2d, LazyConv2d
-from .linear import LazyLinear, Linear
+import torch.nn.functional as _torch
 
-# What they declare now, before anyone can patch them.
-for _kind in (Conv2d, Linear, ReLU):
-    _fusion.declarations(_kind)
+from .. import _leaf, _originals, functional
+from .activation import *
+from .batchnorm import *
+from .container import *
+from .conv import *
+from .dropout import *
+from .fold import *
+from .instancenorm import *
+from .linear import *
+from .loss import *
+from .normalization import *
+from .pooling import *
+from .rnn import *
+from .sparse import *
+from .upsampling import *
 
-__all__ = ["Conv2d", "LazyConv2d", "LazyLinear", "Linear", "ReLU", "Sequential", "Softmax"]
+_functions = [(name, value) for name, value in vars(functional).items() if callable(value) and not name.startswith("_")]
+_originals.stand_ins.update({name: f for name, f in _functions if f is not getattr(_torch, name, f)})
+_classes = [value for value in list(globals().values()) if isinstance(value, type)]
+_originals.watch(*_classes)
+_leaf.keep_whole(*_classes)

@@ -4,7 +4,144 @@ import torch
 from torch import nn
 
 from .. import functional as F
-from ..ops.pointwise import RELU
+from .._state import own
+
+__all__ = [
+    "CELU",
+    "ELU",
+    "GELU",
+    "GLU",
+    "SELU",
+    "Hardshrink",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "LeakyReLU",
+    "LogSigmoid",
+    "LogSoftmax",
+    "Mish",
+    "PReLU",
+    "ReLU",
+    "ReLU6",
+    "SiLU",
+    "Sigmoid",
+    "Softmax",
+    "Softmax2d",
+    "Softmin",
+    "Softplus",
+    "Softshrink",
+    "Softsign",
+    "Tanh",
+    "Tanhshrink",
+    "Threshold",
+]
+
+
+class CELU(nn.CELU):
+    """x, or alpha (exp(x / alpha) - 1) below 0. As torch.nn.CELU; see `fastlayers.functional.celu` for shapes, dtypes
+    and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CELU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.celu(input, self.alpha, self.inplace)
+
+
+class ELU(nn.ELU):
+    """x, or alpha (exp(x) - 1) below 0. As torch.nn.ELU; see `fastlayers.functional.elu` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ELU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.elu(input, self.alpha, self.inplace)
+
+
+class GELU(nn.GELU):
+    """x times the probability that a standard normal variable is less than x, or an approximation of it by tanh. As
+    torch.nn.GELU; see `fastlayers.functional.gelu` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GELU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.gelu(input, approximate=self.approximate)
+
+
+class Hardshrink(nn.Hardshrink):
+    """x, or 0 between -lambd and lambd. As torch.nn.Hardshrink; see `fastlayers.functional.hardshrink` for shapes,
+    dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Hardshrink.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.hardshrink(input, self.lambd)
+
+
+class Hardsigmoid(nn.Hardsigmoid):
+    """(x + 3) / 6 between 0 and 1. As torch.nn.Hardsigmoid; see `fastlayers.functional.hardsigmoid` for shapes, dtypes
+    and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Hardsigmoid.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.hardsigmoid(input, self.inplace)
+
+
+class Hardswish(nn.Hardswish):
+    """x times its Hardsigmoid. As torch.nn.Hardswish; see `fastlayers.functional.hardswish` for shapes, dtypes and
+    errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Hardswish.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.hardswish(input, self.inplace)
+
+
+class Hardtanh(nn.Hardtanh):
+    """x between two bounds. As torch.nn.Hardtanh; see `fastlayers.functional.hardtanh` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Hardtanh.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """x, or a slope times x below 0. As torch.nn.LeakyReLU; see `fastlayers.functional.leaky_relu` for shapes, dtypes
+    and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LeakyReLU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class LogSigmoid(nn.LogSigmoid):
+    """log(1 / (1 + exp(-x))). As torch.nn.LogSigmoid; see `fastlayers.functional.logsigmoid` for shapes, dtypes and
+    errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LogSigmoid.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.logsigmoid(input)
+
+
+class Mish(nn.Mish):
+    """x tanh(log(1 + exp(x))). As torch.nn.Mish; see `fastlayers.functional.mish` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Mish.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.mish(input, inplace=self.inplace)
 
 
 class ReLU(nn.ReLU):
@@ -13,10 +150,167 @@ class ReLU(nn.ReLU):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html
     """
 
-    pointwise = RELU
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.relu(input, inplace=self.inplace)
+
+
+class ReLU6(nn.ReLU6):
+    """x between 0 and 6. As torch.nn.ReLU6; see `fastlayers.functional.hardtanh` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU6.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class SELU(nn.SELU):
+    """An ELU with a scale, under which layers normalise themselves. As torch.nn.SELU; see `fastlayers.functional.selu`
+    for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SELU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.selu(input, self.inplace)
+
+
+class SiLU(nn.SiLU):
+    """x / (1 + exp(-x)). As torch.nn.SiLU; see `fastlayers.functional.silu` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SiLU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.silu(input, inplace=self.inplace)
+
+
+class Sigmoid(nn.Sigmoid):
+    """1 / (1 + exp(-x)). As torch.nn.Sigmoid; see `fastlayers.functional.sigmoid` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Sigmoid.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.sigmoid(input)
+
+
+class Softplus(nn.Softplus):
+    """log(1 + exp(beta x)) / beta. As torch.nn.Softplus; see `fastlayers.functional.softplus` for shapes, dtypes and
+    errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Softplus.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.softplus(input, self.beta, self.threshold)
+
+
+class Softshrink(nn.Softshrink):
+    """x moved by lambd towards 0. As torch.nn.Softshrink; see `fastlayers.functional.softshrink` for shapes, dtypes and
+    errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Softshrink.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.softshrink(input, self.lambd)
+
+
+class Softsign(nn.Softsign):
+    """x / (1 + abs(x)). As torch.nn.Softsign; see `fastlayers.functional.softsign` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Softsign.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.softsign(input)
+
+
+class Tanh(nn.Tanh):
+    """The hyperbolic tangent. As torch.nn.Tanh; see `fastlayers.functional.tanh` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Tanh.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.tanh(input)
+
+
+class Tanhshrink(nn.Tanhshrink):
+    """x - tanh(x). As torch.nn.Tanhshrink; see `fastlayers.functional.tanhshrink` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Tanhshrink.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.tanhshrink(input)
+
+
+class Threshold(nn.Threshold):
+    """x, or a value where x is no more than a threshold. As torch.nn.Threshold; see `fastlayers.functional.threshold`
+    for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Threshold.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.threshold(input, self.threshold, self.value, self.inplace)
+
+
+class GLU(nn.GLU):
+    """The first half of x along `dim`, times the sigmoid of the second. As torch.nn.GLU; see `fastlayers.functional.glu` for
+    shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GLU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.glu(input, self.dim)
+
+
+class PReLU(nn.PReLU):
+    """x, or a learned slope times x below 0, one slope for all or one for each channel. As torch.nn.PReLU; see
+    `fastlayers.functional.prelu` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.PReLU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.prelu(input, own(self, "weight", PReLU))
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """The logarithm of softmax along `dim`. As torch.nn.LogSoftmax; see `fastlayers.functional.log_softmax` for shapes, dtypes
+    and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LogSoftmax.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(input, self.dim, _stacklevel=5)
+
+
+class Softmax2d(nn.Softmax2d):
+    """Softmax over the channels of images. As torch.nn.Softmax2d; see `fastlayers.functional.softmax` for dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Softmax2d.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dim() not in (3, 4):
+            return super().forward(input)  # which raises
+        return F.softmax(input, -3, _stacklevel=5)
+
+
+class Softmin(nn.Softmin):
+    """Softmax of -x along `dim`. As torch.nn.Softmin; see `fastlayers.functional.softmin` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Softmin.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.softmin(input, self.dim, _stacklevel=5)
 
 
 class Softmax(nn.Softmax):
@@ -26,4 +320,4 @@ class Softmax(nn.Softmax):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.softmax(input, self.dim, _stacklevel=5)
+        return F.softmax(input, self.dim, _stacklevel=6)

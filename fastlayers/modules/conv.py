@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,58 @@ from torch import nn
 
 from .. import functional as F
 from .._state import own
-from ..ops.pointwise import Pointwise
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
+]
+
+
+def _arguments(layer: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    """Those of torch's function, of an input that is padded first where the padding isn't of zeros."""
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        input = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = 0
+    return input, weight, bias, layer.stride, padding, layer.dilation, layer.groups
+
+
+def _transposed_arguments(layer: Any, dims: int, input: Any, output_size: list[int] | None) -> tuple[Any, ...]:
+    """Those of torch's function after the tensors."""
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"Only `zeros` padding mode is supported for ConvTranspose{dims}d")
+    if not isinstance(layer.padding, tuple):
+        raise AssertionError("self.padding must be a tuple")
+    sizes = layer.stride, layer.padding, layer.kernel_size
+    more = layer._output_padding(input, output_size, *sizes, dims, layer.dilation)
+    return layer.stride, layer.padding, more, layer.groups, layer.dilation
+
+
+class Conv1d(nn.Conv1d):
+    """The cross-correlation of signals with a filter bank. As torch.nn.Conv1d; see `fastlayers.functional.conv1d` for
+    shapes, dtypes and errors. Any `padding_mode` but "zeros" pads with torch.nn.functional.pad first, as torch does.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv1d.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, own(self, "weight", Conv1d), own(self, "bias", Conv1d))
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.conv1d(*self._arguments(input, weight, bias))
+
+    def _arguments(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
+        return _arguments(self, input, weight, bias)
 
 
 class Conv2d(nn.Conv2d):
@@ -27,49 +77,84 @@ class Conv2d(nn.Conv2d):
         return F.conv2d(*self._arguments(input, weight, bias))
 
     def _arguments(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        return input, weight, bias, self.stride, padding, self.dilation, self.groups
+        return _arguments(self, input, weight, bias)
 
-    chains = False
-    normalizes = nn.BatchNorm2d
-    adds = True
 
-    @staticmethod
-    def forward_fused(
-        input: torch.Tensor,
-        stages: Sequence[tuple[Conv2d, Pointwise | None]],
-        *,
-        norm: nn.BatchNorm2d | None = None,
-        residual: torch.Tensor | None = None,
-        add: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        channels_last: bool | None = None,
-    ) -> torch.Tensor:
-        """A layer, the batch normalisation that follows it in eval, an addition, and an activation, in one kernel."""
-        ((layer, then),) = stages
-        statistics = None
-        if norm is not None:
-            if input.dim() != 4:
-                return norm(layer(input))  # which torch's normalisation objects to
-            names = ("running_mean", "running_var", "weight", "bias")
-            statistics = (
-                *[own(norm, name, nn.BatchNorm2d) for name in names],
-                norm.eps,
-            )  # not None: the plan has seen to it
-        arguments = layer._arguments(input, own(layer, "weight", Conv2d), own(layer, "bias", Conv2d))
-        return F.conv2d_then(
-            *arguments, then=then, norm=statistics, residual=residual, add=add, channels_last=channels_last
-        )
+class Conv3d(nn.Conv3d):
+    """The cross-correlation of volumes with a filter bank. As torch.nn.Conv3d; see `fastlayers.functional.conv3d` for
+    shapes, dtypes and errors. Any `padding_mode` but "zeros" pads with torch.nn.functional.pad first, as torch does.
 
-    @staticmethod
-    def carry(input: torch.Tensor, layers: Sequence[Conv2d]) -> list[dict[str, Any]]:
-        """channels_last between the layers, and torch's memory format at the end: an image in NCHW is converted once."""
-        if any(layer.padding_mode != "zeros" for layer in layers):  # padding has a memory format of its own
-            return [{}] * len(layers)
-        formats = F.conv2d_formats(input, [own(layer, "weight", Conv2d) for layer in layers])
-        return [{"channels_last": format} for format in formats]
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv3d.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, own(self, "weight", Conv3d), own(self, "bias", Conv3d))
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.conv3d(*self._arguments(input, weight, bias))
+
+    def _arguments(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
+        return _arguments(self, input, weight, bias)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """The transposed convolution of signals with a filter bank. As torch.nn.ConvTranspose1d; see
+    `fastlayers.functional.conv_transpose1d` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose1d.html
+    """
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        weight, bias = own(self, "weight", ConvTranspose1d), own(self, "bias", ConvTranspose1d)
+        return F.conv_transpose1d(*self._arguments(input, weight, bias, output_size))
+
+    def _arguments(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: list[int] | None = None
+    ) -> tuple[Any, ...]:
+        return input, weight, bias, *_transposed_arguments(self, 1, input, output_size)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """The transposed convolution of images with a filter bank. As torch.nn.ConvTranspose2d; see
+    `fastlayers.functional.conv_transpose2d` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose2d.html
+    """
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        weight, bias = own(self, "weight", ConvTranspose2d), own(self, "bias", ConvTranspose2d)
+        return F.conv_transpose2d(*self._arguments(input, weight, bias, output_size))
+
+    def _arguments(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: list[int] | None = None
+    ) -> tuple[Any, ...]:
+        return input, weight, bias, *_transposed_arguments(self, 2, input, output_size)
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """The transposed convolution of volumes with a filter bank. As torch.nn.ConvTranspose3d; see
+    `fastlayers.functional.conv_transpose3d` for shapes, dtypes and errors.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ConvTranspose3d.html
+    """
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        weight, bias = own(self, "weight", ConvTranspose3d), own(self, "bias", ConvTranspose3d)
+        return F.conv_transpose3d(*self._arguments(input, weight, bias, output_size))
+
+    def _arguments(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: list[int] | None = None
+    ) -> tuple[Any, ...]:
+        return input, weight, bias, *_transposed_arguments(self, 3, input, output_size)
+
+
+class LazyConv1d(nn.LazyConv1d, Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A Conv1d that learns in_channels from its first input, and becomes a `fastlayers.Conv1d`. As torch.nn.LazyConv1d.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyConv1d.html
+    """
+
+    cls_to_become = Conv1d  # type: ignore[assignment]
 
 
 class LazyConv2d(nn.LazyConv2d, Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -79,3 +164,42 @@ class LazyConv2d(nn.LazyConv2d, Conv2d):  # pyright: ignore[reportIncompatibleVa
     """
 
     cls_to_become = Conv2d  # type: ignore[assignment]
+
+
+class LazyConv3d(nn.LazyConv3d, Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A Conv3d that learns in_channels from its first input, and becomes a `fastlayers.Conv3d`. As torch.nn.LazyConv3d.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyConv3d.html
+    """
+
+    cls_to_become = Conv3d  # type: ignore[assignment]
+
+
+class LazyConvTranspose1d(nn.LazyConvTranspose1d, ConvTranspose1d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A ConvTranspose1d that learns in_channels from its first input, and becomes a `fastlayers.ConvTranspose1d`. As
+    torch.nn.LazyConvTranspose1d.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyConvTranspose1d.html
+    """
+
+    cls_to_become = ConvTranspose1d  # type: ignore[assignment]
+
+
+class LazyConvTranspose2d(nn.LazyConvTranspose2d, ConvTranspose2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A ConvTranspose2d that learns in_channels from its first input, and becomes a `fastlayers.ConvTranspose2d`. As
+    torch.nn.LazyConvTranspose2d.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyConvTranspose2d.html
+    """
+
+    cls_to_become = ConvTranspose2d  # type: ignore[assignment]
+
+
+class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A ConvTranspose3d that learns in_channels from its first input, and becomes a `fastlayers.ConvTranspose3d`. As
+    torch.nn.LazyConvTranspose3d.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LazyConvTranspose3d.html
+    """
+
+    cls_to_become = ConvTranspose3d  # type: ignore[assignment]

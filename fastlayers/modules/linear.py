@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from .. import functional as F
 from .._state import own
-from ..ops.pointwise import Pointwise
+
+__all__ = ["LazyLinear", "Linear"]
 
 
 class Linear(nn.Linear):
@@ -20,14 +19,6 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, own(self, "weight", Linear), own(self, "bias", Linear))
-
-    chains = True
-
-    @staticmethod
-    def forward_fused(input: torch.Tensor, stages: Sequence[tuple[Linear, Pointwise | None]]) -> torch.Tensor:
-        """Several layers and the activations between them, as one function for autograd."""
-        tensors = [(own(layer, "weight", Linear), own(layer, "bias", Linear), then) for layer, then in stages]
-        return F.linear_chain(input, tensors)
 
 
 class LazyLinear(nn.LazyLinear, Linear):  # pyright: ignore[reportIncompatibleVariableOverride]

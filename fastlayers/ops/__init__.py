@@ -1,1 +1,1 @@
-"""Doors (which path does this call take?) and autograd.Functions (how do gradients flow?), a file per family."""
+"""What is computed, saved and supported: a file per family, with a record and a function per operation."""

@@ -1,0 +1,60 @@
+"""Attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ops.attention import _attention
+from .row import Case, Classes, Function, Row, case
+
+__all__ = ["ROWS"]
+
+
+class Allowed(Classes):
+    """An input of booleans, False once in `count`. The first of several queries may attend to nothing."""
+
+    def make(self, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        mask = super().make(dtype, device) > 0
+        if mask.shape[-2] > 1:
+            mask[..., 0, :] = False
+        return mask
+
+
+def _attend(*inputs: Any, **options: Any) -> Case:
+    return case(lambda nn: Function(nn.functional.scaled_dot_product_attention, **options), *inputs)
+
+
+def _heads(batch: int, heads: int, length: int, features: int, of_keys: int | None = None) -> tuple[Any, ...]:
+    """Query, key and value of as many queries as keys."""
+    few = of_keys or heads
+    return (batch, heads, length, features), (batch, few, length, features), (batch, few, length, features)
+
+
+ROWS = (
+    Row(
+        "scaled_dot_product_attention",
+        "any number of heads and positions, up to 256 features; heads anywhere in memory; masks of booleans or numbers that "
+        "are broadcast in any way, is_causal with any sizes, scale, dropout, enable_gqa; the weights are never written",
+        "heads without features, with more than 256, or in float64 with more than 128; a mask that requires grad; a mask for "
+        "more than four dimensions; groups of heads beside other dimensions that are broadcast; one of torch's own kernels "
+        "that somebody chose by sdpa_kernel",
+        operation=_attention,
+        scale=1,
+        function="scaled_dot_product_attention",
+        speeds={
+            "Llama-3-8B, 4096 tokens, causal": _attend(*_heads(1, 32, 4096, 128, 8), is_causal=True, enable_gqa=True),
+            "GPT-2, 8 x 1024 tokens, causal": _attend(*_heads(8, 12, 1024, 64), is_causal=True),
+            "ViT-B, 64 images": _attend(*_heads(64, 12, 197, 64)),
+        },
+        cases=dict(
+            plain=_attend((2, 2, 20, 16), (2, 2, 37, 16), (2, 2, 37, 16)),
+            causal=_attend((1, 4, 37, 8), (1, 2, 37, 8), (1, 2, 37, 24), is_causal=True, enable_gqa=True),
+            masked=_attend((2, 2, 20, 16), (2, 2, 37, 16), (2, 2, 37, 16), Allowed((2, 1, 20, 37), 4)),
+            keys=_attend((1, 2, 20, 12), (1, 2, 37, 12), (1, 2, 37, 12), Allowed((1, 1, 1, 37), 4)),
+            matrices=_attend((2, 21, 10), (2, 29, 10), (2, 29, 6), is_causal=True, scale=0.4),
+            few=_attend((3, 2, 1, 7), (3, 1, 18, 7), (3, 1, 18, 7), scale=-0.5),
+        ),
+    ),
+)

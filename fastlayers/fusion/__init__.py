@@ -1,0 +1,1 @@
+"""Which neighbouring layers run as one call: in a Sequential (plan.py), and in any model's forward (trace.py)."""

@@ -1,0 +1,252 @@
+"""Fusion beyond Sequential: the layers that follow one another in a model's forward, as a torch.fx graph of it says."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import has_side_effect, map_arg
+
+from .. import _torch
+from ..ops.activation import Activation
+from . import allowed, plan
+from .activation import Applied
+from .interpret import Interpreter, Left
+from .rows import Calls, Finder
+from .state import Looked
+
+
+def fuse(model: nn.Module) -> fx.GraphModule:
+    """A module that computes what the model does, with layers that follow one another in its `forward` run together, as they
+    would within a Sequential of ours: wherever one's result goes into the next one alone. `accelerate` the model first.
+
+        fastlayers.accelerate(model)
+        fused = fastlayers.fuse(model.eval())
+        with torch.inference_mode(): fused(x)
+
+    A convolution, its BatchNorm (in eval, where no gradients are recorded), the addition of a residual (likewise) and ReLU become
+    one kernel, and so do Linear and ReLU; Linear layers in a row are one function for autograd. Sum and ReLU may be operators,
+    functions or methods of torch's. What is fused is decided at every call, as in a Sequential: a layer with a hook runs
+    alone.
+
+    The result, a torch.fx.GraphModule, shares the model's modules, parameters and buffers: it trains as the model does, and
+    state_dict is the same. Not shared are the hooks, attributes and methods of the model itself.
+
+    The forward of the model, and of modules that contain others, is read and not run, so that nothing of the model or of the
+    process changes meanwhile. What it does must be known to be traced rightly: calls of modules, of torch's functions on tensors,
+    of Python's and of the model's own functions, that decide by what is known before a call. A module that does anything else (it
+    keeps something, switches grad mode, decides by data) is called as it stands, and a warning says on which line. Flags, numbers
+    and functions that a forward reads are looked at again at every call, and the model is traced anew where one has changed.
+
+    Modules without others in them, and those that have a hook, are called as ever. Arguments that are None, a bool or a word by
+    default will be that. A pickled copy of the result is what the model was then.
+
+    Shape, Dtype: any that the model takes.
+    Raises:
+        torch.fx.proxy.TraceError: the model's own forward can't be traced; the message says which line stands in the way.
+        TypeError: no module.
+        ValueError: one whose forward was replaced on the instance. From a call of the result: an argument differs from the
+            default that it was fused for, or is None where it wasn't.
+        RuntimeError: from a call: a module in it has changed what a forward then reads; of a pickled copy: a flag or a number
+            isn't what it was.
+    Source: https://docs.pytorch.org/docs/stable/fx.html
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse takes a module, not {type(model).__name__}")
+    if "forward" in model.__dict__:
+        raise ValueError("forward was replaced on the instance, where fuse doesn't see it")
+    if isinstance(model, fx.GraphModule):
+        graph, looked, left = copy.deepcopy(model.graph), getattr(model, "_looked", Looked()), []
+        source = getattr(model, "_source", ())
+    else:
+        graph, looked, left = _traced(model, model.training)
+        source = (model,)
+    if not _join(model, graph):
+        warnings.warn("fuse found nothing to fuse; fastlayers.accelerate makes a model's layers ours", stacklevel=2)
+    for message in _messages(left):
+        warnings.warn(message, stacklevel=2)
+    return _module(model, graph, looked, source)
+
+
+# --- what the graph calls ---------------------------------------------------------------------------------------------
+
+
+def run(input: torch.Tensor, with_sum: bool, *parts: Any) -> Any:
+    """What a Sequential of these parts computes. Each part is a module, an activation that the model calls as a function, or a
+    residual and a word for how it is added: "add" (x + residual), "radd" (residual + x) or "iadd" (x += residual). `with_sum`:
+    the result, and the sum that its last layer was given."""
+    row = [_layer(part) for part in parts]
+    return plan.run_with_sum(row, input) if with_sum else plan.run(row, input)
+
+
+def _layer(part: Any) -> Any:
+    if isinstance(part, Activation):
+        return Applied(part)
+    if not isinstance(part, tuple):
+        return part
+    word, residual = part
+    if word == "radd":
+        return plan.Residual(residual, lambda x: residual + x)
+    return plan.Residual(residual, lambda x: getattr(operator, word)(x, residual), inplace=word == "iadd")
+
+
+@has_side_effect
+def inplace(operation: str, *args: Any) -> Any:
+    """An operator that writes into its first operand: "iadd", "setitem", ..."""
+    return getattr(operator, operation)(*args)
+
+
+# --- how it comes about -----------------------------------------------------------------------------------------------
+
+
+def _traced(model: nn.Module, training: bool) -> tuple[fx.Graph, Looked, list[Left]]:
+    interpreter = Interpreter(model, training, inplace)
+    interpreter.trace()
+    return interpreter.graph, interpreter.looked, interpreter.left
+
+
+def _join(model: nn.Module, graph: fx.Graph) -> int:
+    """Put a call of `run` in the place of each row of layers; how many there are."""
+    finder = Finder(graph, dict(model.named_modules(remove_duplicate=False)), Calls(run, inplace))
+    rows = list(finder.rows())
+    for row in rows:
+        finder.replace(row)
+    return len(rows)
+
+
+def _messages(left: Sequence[Left]) -> list[str]:
+    """Which modules are called as they stand, and why: one message for all that have the same reason."""
+    found: dict[str, list[Left]] = {}
+    for one in left:
+        found.setdefault(str(one.refused), []).append(one)
+    messages = []
+    for reason, ones in found.items():
+        names = ", ".join([one.path for one in ones[:3]]) + (f" and {len(ones) - 3} more" if len(ones) > 3 else "")
+        messages.append(f"fuse leaves {names} ({ones[0].kind}) as it is: {reason}")
+    return messages
+
+
+_lock = threading.Lock()
+
+
+class _Fused(fx.GraphModule):
+    """A GraphModule that shares a model's modules, parameters and buffers, and is traced again when what was looked at has
+    changed."""
+
+    _source: tuple[nn.Module, ...]
+    """The model; nothing in a pickled copy. In a tuple, so that it is no module of this one."""
+    _looked: Looked
+
+    @_torch.not_compiled(callees=False)  # the graph alone is: Dynamo would guard only a part of what is looked at
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_again()
+        result = super().__call__(*args, **kwargs)
+        if self._looked.late:
+            self._look_back()
+        return result
+
+    @_torch.not_compiled(callees=True)
+    def _look_again(self) -> None:
+        if self._looked.changed(self) is not None:
+            self._trace_again()
+
+    @_torch.not_compiled(callees=True)
+    def _look_back(self) -> None:
+        changed = self._looked.changed(self, within=True)
+        if changed is not None:
+            raise RuntimeError(f"{changed} is changed by a call and read in it, which a graph can't follow")
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if self._source and self._looked.changed(self) is not None:  # at once, for whoever compiles this module
+            self._trace_again()
+        return self
+
+    def _trace_again(self) -> None:
+        with _lock:
+            changed = self._looked.changed(self)
+            if changed is None:  # another thread was here
+                return
+            if not self._source:
+                raise RuntimeError(f"{changed} isn't what it was when the model was fused: fuse it again")
+            (model,) = self._source
+            graph, looked, _ = _traced(model, self.training)
+            _join(model, graph)
+            _adopt(self, model, graph)
+            self.graph, self._looked = graph, looked
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "_graph"}
+        return _made(type(self).__name__, copy.deepcopy(state, memo), copy.deepcopy(self.graph))
+
+    def __reduce__(self) -> Any:
+        """The graph itself, where torch.fx would keep its code and trace that anew: random numbers would be constants then."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_graph"}
+        for model in self._source:
+            state["_looked"] = self._looked.without(model)
+        nodes = []
+        for node in self.graph.nodes:
+            target = allowed.path_of(node.target) if node.op == "call_function" else None
+            args, kwargs = (map_arg(a, lambda n: _Reference(n.name)) for a in (node.args, node.kwargs))
+            whole = bool(node.meta.get("is_wrapped"))
+            nodes.append((node.name, node.op, target, None if target else node.target, args, dict(kwargs), whole))
+        return _unpickled, (type(self).__name__, {**state, "_source": ()}, nodes)
+
+
+class _Reference(str):
+    """A node's name, in a pickle."""
+
+
+def _unpickled(name: str, state: dict[str, Any], nodes: Sequence[Any]) -> Any:
+    graph, made = fx.Graph(), dict[str, fx.Node]()
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, _Reference):
+            return made[value]
+        if isinstance(value, slice):
+            return slice(*[resolved(v) for v in (value.start, value.stop, value.step)])
+        if isinstance(value, dict):
+            return {k: resolved(v) for k, v in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*[resolved(v) for v in value])
+        return type(value)([resolved(v) for v in value]) if isinstance(value, tuple | list) else value
+
+    for own, op, path, target, args, kwargs, whole in nodes:
+        function = target if path is None else allowed.named(path)
+        made[own] = graph.create_node(op, function, resolved(tuple(args)), resolved(kwargs), own)
+        if whole:
+            made[own].meta["is_wrapped"] = True
+    return _made(name, state, graph)
+
+
+def _made(name: str, state: dict[str, Any], graph: fx.Graph) -> Any:
+    """A fused module of this state."""
+    fused = _Fused.__new__(_Fused)  # pyright: ignore[reportCallIssue]
+    nn.Module.__init__(fused)
+    vars(fused).update(state)
+    type(fused).__name__ = name
+    fused.graph = graph
+    return fused
+
+
+def _module(model: nn.Module, graph: fx.Graph, looked: Looked, source: tuple[nn.Module, ...]) -> fx.GraphModule:
+    """A module that runs the graph, and shares the model's modules, parameters and buffers."""
+    fused = _Fused(model, graph, type(model).__name__)
+    _adopt(fused, model, graph)
+    fused._looked, fused._source = looked, source
+    return fused
+
+
+def _adopt(fused: fx.GraphModule, model: nn.Module, graph: fx.Graph) -> None:
+    """Give it what the model has, and of the model's other attributes the tensors that the graph reads."""
+    for own in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        setattr(fused, own, getattr(model, own))
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target != "training" and node.target in model.__dict__:
+            vars(fused)[node.target] = model.__dict__[node.target]

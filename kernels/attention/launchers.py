@@ -1,0 +1,227 @@
+"""The launchers of attention."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..runtime import launch, tiles
+from ..runtime.tiles import Tile, cdiv
+from . import tiles as picks
+from .forward import attention_kernel
+from .gradients import attention_dkdv_kernel, attention_dq_kernel, dropout_factors_kernel
+
+_FARTHEST = 2**23
+"""Steps within a tile, of at most 256 rows or columns, are multiplied by strides in 32 bits."""
+
+
+def _near(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where rows or columns lie so far apart that offsets within a tile need 64 bits."""
+    return x.contiguous() if max(x.stride()[2:]) >= _FARTHEST else x
+
+
+def _order(x: torch.Tensor) -> int:
+    """How the dimensions of x (B, H, rows, columns) follow each other in memory: 1 for this order, 2 for (B, rows, H, columns), 3
+    for (rows, B, H, columns), 0 for any other."""
+    b, h, m, _ = x.stride()
+    return 1 if b >= h >= m else 2 if b >= m >= h else 3 if m >= b >= h else 0
+
+
+def _fits_boxes(x: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch rows of one head: columns are contiguous, all else is aligned to 16 bytes
+    and in one of three orders, and nothing is empty or read twice."""
+    return (
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and x.numel() > 0
+        and all(0 < s * x.itemsize < 2**40 and s * x.itemsize % 16 == 0 for s in x.stride()[:3])
+        and _order(x) > 0
+    )
+
+
+def _boxes(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of `rows` rows of one head at a time, with its dimensions in the order of memory."""
+    order = {1: (0, 1, 2, 3), 2: (0, 2, 1, 3), 3: (2, 0, 1, 3)}[_order(x)]
+    sizes, strides = [x.shape[i] for i in order], [x.stride(i) for i in order]
+    return TensorDescriptor(x, sizes, strides, [(1, 1, rows, columns)[i] for i in order])
+
+
+def _has_vectors(*tensors: torch.Tensor) -> bool:
+    """Whether rows of these are loaded 128 bits at a time."""
+    return all(
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and x.shape[3] % 16 == 0
+        and all(s % 16 == 0 for s in x.stride()[:3])
+        for x in tensors
+    )
+
+
+class _Call(NamedTuple):
+    """What all kernels of a call are given alike."""
+
+    sizes: tuple[int, ...]
+    """H, L, S, GROUP"""
+    scale: float
+    scale2: float
+    """scale * log2(e)"""
+    keep: int
+    """How many of 65536 weights dropout keeps. What is kept is divided by that very share."""
+    unkeep: float
+    mask: Any
+    masks: tuple[int, ...]
+    """The mask's strides."""
+    meta: dict[str, Any]
+
+
+def _prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *,
+    causal: bool, dropout: float, scale: float | None, precision: str,
+) -> _Call:  # fmt: skip
+    (b, h, l, d), (_, h_k, s, dv) = q.shape, v.shape
+    scale = d**-0.5 if scale is None else scale
+    keep = round((1 - dropout) * 2**16)
+    masks = (0,) * 4
+    if mask is not None:
+        mask = mask.expand(b, h, l, s)
+        masks = mask.stride()
+    device = tiles.device(q.device)
+    meta = dict(
+        D=d, DV=dv, CAUSAL=causal, PRECISION=picks.precision(q.dtype, precision, device),
+        LATER=mask is None and scale > 0, OF_KEYS=mask is not None and (masks[2] == 0 or l == 1),
+        ACC=tiles.triton_dtype(torch.promote_types(q.dtype, torch.float32)),
+        TILE_D=max(16, triton.next_power_of_2(d)), TILE_V=max(16, triton.next_power_of_2(dv)),
+    )  # fmt: skip
+    return _Call(
+        (h, l, s, h // max(h_k, 1)),
+        scale,
+        scale * math.log2(math.e),
+        keep,
+        2**16 / keep if keep else 0.0,
+        mask,
+        masks,
+        meta,
+    )
+
+
+def _tile(
+    table: str, call: _Call, dropout: float, first: torch.Tensor, *boxed: torch.Tensor
+) -> tuple[Tile, int, dict[str, Any]]:
+    """The tile of a kernel; the order of memory for descriptors of `boxed`, or 0 for pointers; what the kernel is launched with.
+
+    Args:
+        first: a tensor that pointers load in any case.
+    """
+    device = tiles.device(first.device)
+    orders = {_order(x) for x in boxed}
+    boxes = device.architecture in picks.BOX_ARCHITECTURES and first.itemsize == 2 and len(orders) == 1
+    boxes = boxes and all(map(_fits_boxes, boxed))
+    aligned = _has_vectors(first) if boxes else _has_vectors(first, *boxed)
+    # A mask of keys is a vector, and costs no more than the bounds do.
+    plain = aligned and dropout == 0 and (call.mask is None or call.meta["OF_KEYS"])
+    features = max(call.meta["TILE_D"], call.meta["TILE_V"])
+    tile = picks.pick(table, first.dtype, features, device, plain=plain, boxes=boxes)
+    meta = dict(TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps, num_stages=tile.stages)
+    order = orders.pop() if boxes else 0
+    return tile, order, {**call.meta, **meta, "BOXES": order}
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    causal: bool,
+    dropout: float,
+    scale: float | None,
+    precision: str,
+) -> None:
+    """dropout(softmax(scale * q k^T + mask)) v into `out`, and log2 of each query's sum of exponentials into `lse`.
+
+    Query m may attend to key n if the mask's boolean is True there or its number isn't -inf, and if n <= m with `causal`. A
+    query that may attend to nothing gets 0.
+
+    Shape: q and out (B, H, L, ·), k and v (B, H / GROUP, S, ·), mask any that expands to (B, H, L, S), all with any strides; lse
+        (B, H, L), contiguous; seed (1,), given for a dropout above 0.
+    Dtype: q, k, v and out floating, alike; mask bool or floating; seed int64; lse float32, or float64 if q is.
+    """
+    q, k, v = map(_near, (q, k, v))
+    call = _prepare(q, k, v, mask, causal=causal, dropout=dropout, scale=scale, precision=precision)
+    tile, order, meta = _tile("attention", call, dropout, q, k, v)
+    operands: tuple[Any, ...] = (k, v)
+    if order:
+        operands = _boxes(k, tile.n, meta["TILE_D"]), _boxes(v, tile.n, meta["TILE_V"])
+    launch.launch(
+        attention_kernel, cdiv(q.shape[2], tile.m) * q.shape[0] * q.shape[1],
+        q, *operands, call.mask, seed, out, lse, *call.sizes, call.scale2, call.keep, call.unkeep,
+        *q.stride(), *k.stride(), *v.stride(), *call.masks, *out.stride(), **meta,
+    )  # fmt: skip
+
+
+def attention_grad(
+    dy: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    *,
+    causal: bool,
+    dropout: float,
+    scale: float | None,
+    precision: str,
+) -> None:
+    """The gradients of `attention`, each unless it is None.
+
+    Shape: as there, with dy as its out.
+    """
+    q, k, v, out, dy = map(_near, (q, k, v, out, dy))
+    lse = lse.contiguous()
+    call = _prepare(q, k, v, mask, causal=causal, dropout=dropout, scale=scale, precision=precision)
+    (b, h, l, _), (_, h_k, s, _) = q.shape, k.shape
+    delta = launch.empty((b, h, l), dtype=lse.dtype, device=lse.device)
+    numbers = (*call.sizes, call.scale, call.scale2, call.keep, call.unkeep)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *call.masks)
+    none = (0, 0, 0, 0)
+    tile, order, meta = _tile("attention_dq", call, dropout, q, k, v)
+    operands: tuple[Any, ...] = (k, v)
+    if order:
+        operands = _boxes(k, tile.n, meta["TILE_D"]), _boxes(v, tile.n, meta["TILE_V"])
+    launch.launch(
+        attention_dq_kernel, cdiv(l, tile.m) * b * h,
+        q, *operands, call.mask, seed, out, dy, lse, delta, dq, *numbers, *strides,
+        *out.stride(), *dy.stride(), *(none if dq is None else dq.stride()), **meta,
+    )  # fmt: skip
+    if dk is None and dv is None:
+        return
+    tile, order, meta = _tile("attention_dkdv", call, dropout, k, q, dy)
+    operands = (q, dy)
+    if order:
+        operands = _boxes(q, tile.m, meta["TILE_D"]), _boxes(dy, tile.m, meta["TILE_V"])
+    launch.launch(
+        attention_dkdv_kernel, cdiv(s, tile.n) * b * h_k,
+        k, v, operands[0], call.mask, seed, operands[1], lse, delta, dk, dv, *numbers, *strides,
+        *dy.stride(), *(none if dk is None else dk.stride()), *(none if dv is None else dv.stride()), **meta,
+    )  # fmt: skip
+
+
+def dropout_factors(seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, dropout: float) -> torch.Tensor:
+    """What dropout multiplies the weights (..., L, S) by: 0, or the inverse of the share that it keeps."""
+    (*heads, l, s), keep = shape, round((1 - dropout) * 2**16)
+    factors = launch.empty(shape, dtype=dtype, device=seed.device)
+    launch.launch(
+        dropout_factors_kernel, math.prod(heads) * cdiv(l, 16) * cdiv(s, 64),
+        seed, factors, l, s, keep, 2**16 / keep if keep else 0.0, TILE_M=16, TILE_N=64,
+    )  # fmt: skip
+    return factors

@@ -1,0 +1,66 @@
+"""What has been run in the machine: coverage.json, which may only grow.
+
+The file has a line for each run: the kernels that it launched, or the reason why it can't be made. With FASTLAYERS_COVERAGE in
+the environment what passes is written into it: "missing" makes the runs that have no line yet and no others, "update" all that
+are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+FILE = Path(__file__).parent / "coverage.json"
+KERNELS = Path(__file__).parent.parent.parent / "kernels"
+MODE = os.environ.get("FASTLAYERS_COVERAGE", "")
+TARGETS = ("sm_90", "sm_80")
+_STRICT = ("tf32x3", "bf16x6")
+"""Strict float32 as several products of tensor cores, which products through descriptors alone have."""
+
+NEVER: dict[str, str] = {}
+"""Kernels that no run launches, and why."""
+
+Launched = dict[str, "list[str] | str"]
+
+
+def known() -> Launched:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def add(found: Launched) -> None:
+    """Write the lines of these runs."""
+    rows = [f"{json.dumps(label)}: {json.dumps(what)}" for label, what in sorted((known() | found).items())]
+    FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+def faults(labels: Iterable[str]) -> list[str]:
+    """What keeps the table from being complete, given the labels of all runs."""
+    lines, wanted = known(), {*labels}
+    launched = {kernel for what in lines.values() if isinstance(what, list) for kernel in what}
+    sources = (path.read_text() for path in KERNELS.rglob("*.py"))
+    every = {name for text in sources for name in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}
+    return [
+        *(f"was run once, and no longer is: {label}" for label in sorted(lines.keys() - wanted)),
+        *(f"was never run: {label}" for label in sorted(wanted - lines.keys())),
+        *(f"no run launches {kernel}" for kernel in sorted(every - launched - NEVER.keys())),
+        *(f"is launched after all: {kernel}" for kernel in sorted(launched & NEVER.keys())),
+    ]
+
+
+def table() -> str:
+    """As README.md shows it: of each kernel, how many runs there are in each arithmetic on each target."""
+    counts: dict[str, dict[str, int]] = {}
+    for label, launched in known().items():
+        _, arithmetic, target = label.rsplit(", ", 2)
+        for kernel in launched if isinstance(launched, list) else ():
+            cell = f"{target} {'strict' if arithmetic in _STRICT else arithmetic}"
+            counts.setdefault(kernel, {})[cell] = counts.setdefault(kernel, {}).get(cell, 0) + 1
+    columns = [f"{target} {arithmetic}" for target in TARGETS for arithmetic in ("bf16", "f16", "tf32", "f32", "f64")]
+    columns.insert(5, "sm_90 strict")
+    lines = ["| Kernel | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for kernel, found in sorted(counts.items()):
+        lines.append(f"| `{kernel}` | " + " | ".join(str(found.get(column) or "-") for column in columns) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""What every layer promises of its launches, by its row of the catalog.
+
+Looks inside: at what is launched, and with how wide offsets.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import CASES, check, floats, pair, results, same, total
+
+from fastlayers.catalog import Case
+from fastlayers.kernels.runtime import launch
+
+# torch makes a padded copy for "same" and says so; we don't.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("small_tiles")
+def test_64_bit_offsets(case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for tensors of more than 2**31 elements, on small ones."""
+    monkeypatch.setattr(launch, "wide", lambda *tensors: True)
+    check(case, case.arguments(torch.float32, device))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward_computes_what_autograd_grad_asks_for(case: Case, device: torch.device, launched: list[str]) -> None:
+    """Everything requires a gradient and one is asked for: what is launched is what would be, if that alone required one."""
+    ours, theirs = pair(case, torch.float32, device)
+    arguments = case.arguments(torch.float32, device)
+    inputs = floats(arguments)
+    everything = [*inputs, *ours.parameters()]
+    for i, wanted in enumerate(everything):
+        counts, gradients = [], []
+        for alone in (False, True):
+            for t in everything:
+                t.requires_grad_(t is wanted or not alone)
+            y = total(results(ours, arguments))
+            launched.clear()
+            gradients += torch.autograd.grad(y, wanted)
+            counts.append(list(launched))
+        assert counts[0] == counts[1]
+        others = [*inputs, *theirs.parameters()]
+        same(gradients, torch.autograd.grad(total(results(theirs, arguments)), others[i]) * 2)

@@ -1,0 +1,99 @@
+"""Pooling and resampling: what the catalog's rows can't say. Which of equal pixels is the maximum, windows of many pixels, sizes
+whose products need 64 bits, and factors that aren't the ratio of sizes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import exactly_same, same
+
+import fastlayers
+import fastlayers.functional as FL
+from fastlayers.kernels.runtime.tiles import Tile, force
+
+
+def both(name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Results and the input's gradient, of ours and of torch's function."""
+    dy = None
+    found = []
+    for space in (FL, F):
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = getattr(space, name)(leaf, *args, **kwargs)
+        ys = [*y] if isinstance(y, tuple) else [y]
+        dy = torch.randn_like(ys[0]) if dy is None else dy
+        found.append([*ys, *torch.autograd.grad(ys[0], leaf, dy)])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_which_of_equal_pixels_is_the_maximum(channels_last: bool, device: torch.device) -> None:
+    """The first; of NaNs the last; in a window of -inf its first pixel within the image."""
+    x = torch.randint(-2, 2, (1, 4, 9, 8), device=device).float()
+    x[0, :, 3, 4] = x[0, 1, 3, 5] = x[0, 2, 4, 4] = float("nan")
+    x[0, :2, :4, :4] = x[0, 3, 6:, 5:] = float("-inf")
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    for kernel, stride, padding, dilation in (
+        (3, 2, 1, 1),
+        (2, 2, 0, 1),
+        (3, 1, 1, 1),
+        (2, 1, 1, 3),
+        ((3, 2), 4, 1, 1),
+    ):
+        for ceil_mode in (False, True):
+            mine, others = both("max_pool2d", x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+            exactly_same(mine[:2], others[:2])
+            same(mine[2], others[2])
+    exactly_same(*(found[:2] for found in both("adaptive_max_pool2d", x, (4, 3), return_indices=True)))
+
+
+def test_windows_of_more_pixels_than_a_byte_counts(device: torch.device) -> None:
+    same(*both("max_pool1d", torch.randn(1, 2, 520, device=device), 257, return_indices=True))
+
+
+@pytest.mark.parametrize("name", ["adaptive_avg_pool1d", "adaptive_max_pool1d"])
+def test_bounds_of_windows_beyond_32_bits(name: str, device: torch.device) -> None:
+    with force(pool=Tile(32768, 1)):
+        same(*both(name, torch.randn(1, 1, 60_001, device=device), 40_000))
+
+
+def test_a_dilation_larger_than_the_image_is_torchs(device: torch.device) -> None:
+    x = torch.randn(1, 2, 2, device=device)
+    with pytest.raises(fastlayers.NotAccelerated, match="a dilation larger than the image, with padding"):
+        FL.max_pool1d(x, 2, padding=2, dilation=3)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area"])
+def test_resampling_by_any_sizes_and_factors(mode: str, device: torch.device) -> None:
+    """Up, down and to the same size."""
+    dims = {"linear": 1, "bilinear": 2, "trilinear": 3}.get(mode, 2)
+    fastlayers.policy("auto")
+    choose = random.Random(torch.initial_seed())
+    for by_size, dtype in itertools.product((True, False), (torch.float32, torch.float64)):
+        image = [choose.randint(1, 5) for _ in range(dims)]
+        options: dict[str, Any] = {"mode": mode}
+        if by_size:
+            options["size"] = [choose.randint(1, 9) for _ in range(dims)]
+        else:
+            options["scale_factor"] = [choose.choice((1.0, 2.0, 3.0, choose.uniform(1 / n, 2.6))) for n in image]
+            options["recompute_scale_factor"] = choose.choice((None, False, True))
+        if "linear" in mode:
+            options["align_corners"] = choose.choice((None, False, True))
+        x = torch.randn(1, 2, *image, device=device, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last) if dims == 2 and choose.random() < 0.5 else x
+        mine, others = both("interpolate", x, **options)
+        torch.testing.assert_close(mine, others, rtol=1e-5, atol=1e-5, msg=f"{tuple(x.shape)} {options}")
+
+
+@pytest.mark.parametrize("name", ["upsample", "upsample_nearest", "upsample_bilinear"])
+def test_old_names_warn_as_torchs(name: str, device: torch.device) -> None:
+    x = torch.randn(1, 2, 3, 4, device=device)
+    with pytest.warns(UserWarning, match=f"`nn.functional.{name}` is deprecated") as warned:
+        same(*both(name, x, scale_factor=2))
+    assert len(warned) == 2
+    assert str(warned[0].message) == str(warned[1].message)
+    assert {w.filename for w in warned} == {__file__}
