@@ -331,6 +331,13 @@ def not_compiled(callees: bool) -> Callable[[Any], Any]:
     return decorate
 
 
+def constant_in_graphs(function: Any) -> Any:
+    """What torch.compiler.assume_constant_result returns, without its import of Dynamo. Where Dynamo doesn't know the mark, it
+    traces the function itself."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 # --- torch.nn --------------------------------------------------------------------------------------------------------------
 
 has_global_hook = _private("nn.modules.module._has_any_global_hook", _always, lambda function: [function()])

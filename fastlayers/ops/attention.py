@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from .. import _kernels
+from .. import _kernels, _torch
 from .. import _torch_functional as F
 from .._kernels import is_plain
 from ..dispatch import autocast, support
@@ -157,7 +157,7 @@ def _words(options: ScaledDotProductAttention.Options) -> dict[str, Any]:
 _attention = ScaledDotProductAttention()
 
 
-@torch.compiler.assume_constant_result  # Dynamo can't trace it: a compiled graph keeps what it was compiled under
+@_torch.constant_in_graphs  # Dynamo can't trace it: a compiled graph keeps what it was compiled under
 def _flash_enabled() -> bool:
     return torch.backends.cuda.flash_sdp_enabled()
 
