@@ -58,13 +58,21 @@ def call(op: Operation, tensors: Sequence[Any], options: Any, joined: bool = Fal
     if op._random:
         tensors = (*tensors, op.draw(tensors, options))
     if wants_grad(*tensors):
-        outputs: Any = autograd.Function.apply(op, options, None, *tensors)
+        outputs: Any = autograd.Function.apply(op, options, None, *_distinct(tensors))
     else:
         outputs = op.operator(list(tensors), *_written(tuple(options), None))
     written = op.written(tensors, options)
     for i, new in zip(written, outputs[len(outputs) - len(written) :], strict=True):
         tensors[i].copy_(new)
     return op._results(outputs, options)
+
+
+def _distinct(tensors: Sequence[Any]) -> list[Any]:
+    """The same tensors, each later mention of one as a view: Dynamo takes no tensor twice into a Function."""
+    found: list[Any] = []
+    for t in tensors:
+        found.append(t if t is None or all([t is not other for other in found]) else t.view_as(t))
+    return found
 
 
 def forward(ctx: Any, op: Operation, options: Any, tensors: Sequence[Any]) -> tuple[torch.Tensor, ...]:

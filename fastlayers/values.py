@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from ._kernels import launch
 
@@ -90,7 +91,8 @@ class Out(NamedTuple):
     def pointwise(t: Any, dtype: torch.dtype | None = None) -> Out:
         """The result of a function that is applied to each element of a tensor (or of what is described), with the strides
         that torch gives it."""
-        return Out(tuple(t.shape), dtype or t.dtype, _pointwise_strides(tuple(t.shape), tuple(t.stride())))
+        strides = _strides_asked if is_dynamo_compiling() else _pointwise_strides  # Dynamo warns of caches
+        return Out(tuple(t.shape), dtype or t.dtype, strides(tuple(t.shape), tuple(t.stride())))
 
     @staticmethod
     def like(tensor: Any) -> Out | None:
@@ -130,8 +132,7 @@ def image_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
     return tuple(strides)
 
 
-@functools.lru_cache(maxsize=4096)
-def _pointwise_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+def _strides_asked(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
     """None where the tensor is contiguous. Elsewhere torch is asked; where it recognises channels_last, strides of dimensions of
     size 1 are that format's, not the tensor's."""
     tensor = torch.empty_strided(shape, strides, device="meta")
@@ -140,6 +141,9 @@ def _pointwise_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tupl
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     format = torch.channels_last if last else torch.preserve_format
     return torch.empty_like(tensor, memory_format=format).stride()
+
+
+_pointwise_strides = functools.lru_cache(maxsize=4096)(_strides_asked)
 
 
 class Named(dict):

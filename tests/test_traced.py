@@ -19,7 +19,8 @@ from fastlayers import nn
 from fastlayers.catalog import ROWS, Floats, Row
 from fastlayers.kernels.runtime import launch as _launch
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's and Inductor's own
+# Dynamo's and Inductor's own are ignored, but not those that our code's way of writing causes.
+pytestmark = pytest.mark.filterwarnings("ignore", "error:Dynamo detected")
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,23 @@ def test_one_graph_with_our_operators(pair: Any, device: torch.device, monkeypat
     with torch.no_grad():
         torch.testing.assert_close(compiled(torch.ones(2, 6, device=device)), theirs(torch.ones(2, 6, device=device)))
     assert graphs.targets[-1].count("fastlayers.linear.default") == 2, graphs.targets[-1]
+
+
+def test_one_tensor_in_several_places(device: torch.device) -> None:
+    """Dynamo takes no tensor twice into an autograd.Function."""
+    x = torch.randn(2, 2, 9, 16, device=device)
+
+    def call(space: Any) -> Callable[..., Any]:
+        return lambda x: space.scaled_dot_product_attention(x, x, x) + space.mse_loss(x, x)
+
+    graphs, results = Graphs(), []
+    compiled = torch.compile(call(fastlayers.functional), backend=graphs, fullgraph=True)
+    for function in (compiled, call(torch.nn.functional)):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaf)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert graphs.count("fastlayers.") == 2, graphs.targets
 
 
 def images(space: Any) -> torch.nn.Module:
