@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import platform
+import textwrap
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -53,11 +54,11 @@ def problem(layer: str, dtype: torch.dtype) -> str | None:
 
     The judge is torch in float64, as good as exact here. Allowed is twice torch's own error in `dtype`, plus one
     rounding of the largest value: where torch happens to hit the nearest number there is, its neighbour is no mistake.
-    How large torch's error is in float64 itself is what its error in float32 says, scaled down, and two roundings.
+    How large torch's error is in float64 itself is what its error in float32 says, scaled down, and two roundings; likewise
+    in a dtype that torch doesn't compute this layer in.
     """
     case = LAYERS[layer]
     coarse = torch.float32 if dtype == torch.float64 else dtype
-    scale = torch.finfo(dtype).eps / torch.finfo(coarse).eps
     roundings = 2 if dtype == torch.float64 else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -85,7 +86,12 @@ def problem(layer: str, dtype: torch.dtype) -> str | None:
         return {name: result.to(torch.float64, copy=True) for name, result in results.items()}
 
     with strict_float32():
-        exact, rounded = run(theirs, torch.float64), run(theirs, coarse)
+        exact = run(theirs, torch.float64)
+        try:
+            rounded = run(theirs, coarse)
+        except NotImplementedError:
+            coarse = torch.float32
+            rounded = run(theirs, coarse)
         try:
             with policy.policy("triton"):
                 found = run(ours, dtype)
@@ -93,6 +99,7 @@ def problem(layer: str, dtype: torch.dtype) -> str | None:
             return f"{type(error).__name__}: {error}"
     if found.keys() != exact.keys():
         return f"no {', no '.join(exact.keys() - found.keys())}"
+    scale = torch.finfo(dtype).eps / torch.finfo(coarse).eps
     for name, reference in exact.items():
         error = (found[name] - reference).abs().max().item()
         rounding = roundings * torch.finfo(dtype).eps * reference.abs().max().item()
@@ -155,7 +162,7 @@ def _check(dtypes: list[torch.dtype]) -> list[str]:
 
 
 def _say_what_is_accelerated(reasons: dict[torch.dtype, str | None], interpreted: bool, by_command: bool) -> None:
-    layers = ", ".join(LAYERS)
+    layers = textwrap.fill(", ".join(LAYERS), 118, initial_indent="  ", subsequent_indent="  ")
     print("\nWhat is accelerated here")
     if interpreted and device().type == "cpu":
         _print_dtypes(layers, reasons)
@@ -176,12 +183,15 @@ def _say_what_is_accelerated(reasons: dict[torch.dtype, str | None], interpreted
             "  Any other dtype, and tensors on the CPU, take torch's path. fastlayers.explain(model, x) tells for yours."
         )
     if device().type == "cpu":
-        print(f"  On a GPU (compute capability 8.0 or later): {layers}")
-        print(f"  in {', '.join(_name(dtype) for dtype in reasons)}.")
+        print(
+            "  On a GPU (compute capability 8.0 or later): "
+            + ("these" if interpreted else f"the {len(LAYERS)} layers of README's table")
+            + f" in {', '.join(_name(dtype) for dtype in reasons)}."
+        )
 
 
 def _print_dtypes(layers: str, reasons: dict[torch.dtype, str | None]) -> None:
-    print(f"  {layers}")
+    print(layers)
     print(f"  in {', '.join(_name(dtype) for dtype, reason in reasons.items() if reason is None)}.")
     for dtype, reason in reasons.items():
         if reason is not None:

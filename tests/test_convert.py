@@ -370,3 +370,26 @@ def test_unusual_graphs_of_modules() -> None:
     unhashable = torch.nn.ModuleList([Equal(2, 2), torch.nn.Linear(2, 2), Equal(2, 2)])
     assert [row.path for row in accelerate(unhashable).changed] == ["1"]
     assert len(restore(unhashable).changed) == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, :UserWarning")
+@pytest.mark.filterwarnings("ignore:.*reduce_range will be deprecated")
+def test_quantization_of_a_restored_model() -> None:
+    """torch.ao goes by exact classes: it fuses and quantizes what was restored, and nothing of what is converted."""
+    from torch.ao.quantization import fuse_modules, quantize_dynamic
+
+    def images() -> torch.nn.Sequential:
+        nn = torch.nn
+        return nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+
+    plain, converted = images(), images()
+    converted.load_state_dict(plain.state_dict())
+    accelerate(converted)
+    assert isinstance(quantize_dynamic(converted, {torch.nn.Linear})[4], fastlayers.Linear)
+    restore(converted)
+    x = torch.randn(2, 1, 2, 2)
+    results = [quantize_dynamic(fuse_modules(m, ["0", "1", "2"]), {torch.nn.Linear}) for m in (plain, converted)]
+    assert classes(results[0]) == classes(results[1])
+    assert "quantized" in type(results[1][4]).__module__
+    torch.testing.assert_close(results[0](x), results[1](x))

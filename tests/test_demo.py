@@ -107,8 +107,30 @@ def test_a_problem_is_the_exit_status(
 
 @pytest.mark.parametrize("layer", selfcheck.LAYERS)
 def test_selfcheck(layer: str) -> None:
-    assert selfcheck.problem(layer, torch.float32) is None
-    assert selfcheck.problem(layer, torch.float64) is None
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert selfcheck.problem(layer, dtype) is None
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_the_selfcheck_prints(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its exit status, a line for each layer, what is wrong, and what is accelerated where."""
+    monkeypatch.setattr(selfcheck, "LAYERS", {name: selfcheck.LAYERS[name] for name in ("Linear", "AvgPool3d")})
+    if wrong:
+        monkeypatch.setattr(selfcheck, "problem", lambda layer, dtype: "too large" if layer == "Linear" else None)
+    assert selfcheck.main(by_command=False) == wrong
+    lines = capsys.readouterr().out.splitlines()
+    (linear,) = [line.split()[1:] for line in lines if line.startswith("  Linear  ")]
+    (pooling,) = [line.split()[1:] for line in lines if line.startswith("  AvgPool3d  ")]
+    assert set(linear) == {"WRONG" if wrong else "ok"}
+    assert set(pooling) == {"ok"}
+    assert len(linear) == len(pooling) >= 3
+    assert any(line == "  Linear in float32: too large" for line in lines) == wrong
+    assert any(line.startswith("Don't rely on fastlayers") for line in lines) == wrong
+    assert f"  torch        {torch.__version__}" in lines
+    assert "  Linear, AvgPool3d" in lines
+    assert any(line.startswith("  in float16, ") for line in lines)
 
 
 @pytest.mark.usefixtures("forgotten")

@@ -139,3 +139,19 @@ def test_a_checkpoint_that_changes_in_between(between: str, device: torch.device
         finally:
             if handle is not None:
                 handle.remove()
+
+
+def test_a_hook_between_a_checkpoint_and_its_recomputation_finds_tensors_in_the_same_order(
+    device: torch.device,
+) -> None:
+    """Layers that run as one save in the order in which they would save alone, so that where the numbers agree none is taken for
+    another, although all have one shape."""
+    layers = nn.Sequential(*[part for _ in range(3) for part in (nn.Linear(5, 5), nn.GELU())]).to(device)
+    x = torch.randn(5, 5, device=device, requires_grad=True)
+    wanted = torch.autograd.grad(layers(x).sum(), [x, *layers.parameters()])
+    y: Any = checkpoint(layers, x, use_reentrant=False)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
+    try:
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), [x, *layers.parameters()]), wanted)
+    finally:
+        handle.remove()

@@ -115,9 +115,13 @@ class Linear(Operation):
             h = after
 
     def saves(self, t: Any, options: Options, needs: Needs) -> tuple[str, ...]:
-        flows = _flows(needs)
-        weights = [f"params{2 * i}" for i in range(len(options.activations)) if flows[i]]
-        return (*(("input",) if needs[1] else ()), *weights, *self._kept(options, needs))
+        """In the order in which the layers save, called one by one."""
+        flows, kept, last = _flows(needs), self._kept(options, needs), len(options.activations) - 1
+        names = ["input"] if needs[1] else []
+        for i in range(last + 1):
+            names += [f"params{2 * i}"] if flows[i] else []
+            names += [name for name in (f"z{i}", "output" if i == last else f"h{i}") if name in kept]
+        return tuple(names)
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         flows, last = _flows([g is not None for g in (grads.input, *grads.params)]), len(options.activations) - 1
