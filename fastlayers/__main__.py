@@ -28,7 +28,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", metavar="command")
     demo = commands.add_parser("demo", help="train two small networks with torch.nn and with fastlayers, side by side")
     demo.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (default: 0)")
-    demo.add_argument("--epochs", type=int, help="for both networks, instead of the defaults")
+    demo.add_argument("--epochs", type=int, help="for every network, instead of the defaults")
     demo.add_argument("--plot", type=Path, default=Path("demo-loss.png"), help="where to write the loss curves")
     reported = commands.add_parser("report", help="what of a model will run on kernels on a GPU; needs no GPU")
     reporting.add_arguments(reported)

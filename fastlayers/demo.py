@@ -405,7 +405,7 @@ def main(seed: int, epochs: int | None, file: Path, on: torch.device) -> int:
     console = Console(highlight=False, width=None if interactive else 120)
     interpreted = on.type == "cpu"
     if interpreted:
-        console.print("No GPU here: our kernels run in Triton's interpreter, on the CPU. Takes about two minutes.\n")
+        console.print("No GPU here: our kernels run in Triton's interpreter, on the CPU. Takes about five minutes.\n")
     else:
         console.print(f"On {torch.cuda.get_device_name(on)}.\n")
     train_data, test_data = digits(on)
