@@ -19,6 +19,7 @@ from .ops.elementwise_loss import *
 from .ops.embedding import *
 from .ops.fold import *
 from .ops.gated import *
+from .ops.gated_mlp import *
 from .ops.linear import *
 from .ops.linear_cross_entropy import *
 from .ops.loss import *

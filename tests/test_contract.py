@@ -188,7 +188,8 @@ def test_derivatives_are_those_of_the_function(case: Case, device: torch.device)
 
     leaves = (*inputs, *ours.parameters())
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    if not isinstance(ours, torch.nn.EmbeddingBag):  # torch has no second derivative of it, and neither have we
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
 def choices(count: int) -> list[tuple[bool, ...]]:

@@ -40,6 +40,6 @@ def test_backward_computes_what_autograd_grad_asks_for(case: Case, device: torch
             launched.clear()
             gradients += torch.autograd.grad(y, wanted)
             counts.append(list(launched))
-        assert counts[0] == counts[1]
+        assert counts[0] in (counts[1], ["_gate_kernel", *counts[1]])  # what is computed anew rather than saved
         others = [*inputs, *theirs.parameters()]
         same(gradients, torch.autograd.grad(total(results(theirs, arguments)), others[i]) * 2)

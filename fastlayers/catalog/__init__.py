@@ -16,6 +16,7 @@ _FAMILIES = [
     importlib.import_module(f".{name}", __name__)
     for name in (
         "linear",
+        "gated_mlp",
         "conv",
         "activation",
         "softmax",

@@ -41,6 +41,15 @@ class Classes(NamedTuple):
         return torch.randint(self.count, self.shape, device=device)
 
 
+class Offsets(NamedTuple):
+    """Where bags of indices begin, as int64."""
+
+    begins: tuple[int, ...]
+
+    def make(self, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        return torch.tensor(self.begins, device=device)
+
+
 class Probabilities(NamedTuple):
     """An input of probabilities that add up to 1 along dimension 1, in the dtype that is asked for."""
 
@@ -50,7 +59,7 @@ class Probabilities(NamedTuple):
         return torch.randn(self.shape, device=device).softmax(1).to(dtype)
 
 
-Input = Floats | Classes | Probabilities
+Input = Floats | Classes | Offsets | Probabilities
 Make = Callable[[Any], Callable[..., Any]]
 """Of torch.nn or fastlayers.nn, a module or a function."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,3 +24,8 @@ class Applied(NamedTuple):
 
 
 register_role(Applied, Role("activation", of=lambda call: call.activation if call.activation.joins else None))
+
+
+def layer_of(part: Any) -> Any:
+    """What stands in a row for a part of a call: a module, or an activation that a model calls as a function."""
+    return Applied(part) if isinstance(part, Activation) else part

@@ -7,7 +7,7 @@ sum, too, as in the residual stream of a transformer: then the call has two resu
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +52,8 @@ class Finder:
         self.nodes = list(graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
 
-    def rows(self) -> Iterator[list[_Member]]:
-        """All rows of more than one node, none of them in two."""
-        taken: set[fx.Node] = set()
+    def rows(self, taken: set[fx.Node]) -> Iterator[list[_Member]]:
+        """All rows of more than one node, none of them in two, nor among those that are taken."""
         for first in self.nodes:
             row = [] if first in taken else self._joined(self._row(first, taken))
             if row:
@@ -75,8 +74,8 @@ class Finder:
             if member is None:
                 break
             between = self.nodes[self.order[last.node] + 1 : self.order[node]]
-            called = [self.modules[str(m.node.target)] for m in (*row, member) if m.node.op == "call_module"]
-            if any([self._writes(n, called) for n in between]):
+            called = self.called([m.node for m in (*row, member)])
+            if any([self.writes(n, called) for n in between]):
                 break
             row.append(member)
             if len(last.node.users) > 1:
@@ -110,7 +109,7 @@ class Finder:
         return users[0] if len(users) == 1 else None
 
     def _continues(self, node: fx.Node) -> bool:
-        return self._role(node) is not None or _activation(node) is not None
+        return self._role(node) is not None or activation_of(node) is not None
 
     def _role(self, node: fx.Node) -> str | None:
         """What the class of the module that it calls, with one input and nothing else, stands for."""
@@ -125,7 +124,7 @@ class Finder:
             added = self._added(node, before)
             if added is not None:
                 return _Member(node, "add", *added)
-        activation = _activation(node)
+        activation = activation_of(node)
         return None if activation is None else _Member(node, "activation", activation)
 
     def _added(self, node: fx.Node, one: fx.Node) -> tuple[str, int, int] | None:
@@ -148,7 +147,15 @@ class Finder:
             word = {"add": "radd"}.get(word, "")
         return (word, offset + place, offset + 1 - place) if word else None
 
-    def _writes(self, node: fx.Node, called: list[nn.Module]) -> bool:
+    def is_layer(self, node: fx.Node, role: str) -> bool:
+        """Whether it calls a module of this role with one input and nothing else, or an activation's function."""
+        return self._role(node) == role or (role == "activation" and activation_of(node) is not None)
+
+    def called(self, nodes: Iterable[fx.Node]) -> list[nn.Module]:
+        """The modules that these nodes call."""
+        return [self.modules[str(node.target)] for node in nodes if node.op == "call_module"]
+
+    def writes(self, node: fx.Node, called: list[nn.Module]) -> bool:
         """Whether it might write into a tensor that is there already, or into statistics of one of these modules."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
@@ -193,7 +200,7 @@ def _home(node: fx.Node) -> str:
     return "" if _torch.is_operator(node.target) else (getattr(node.target, "__module__", None) or "").split(".")[0]
 
 
-def _activation(node: fx.Node) -> Activation | None:
+def activation_of(node: fx.Node) -> Activation | None:
     """The value of the activation that it applies to its first argument; None if it is none."""
     function = node.op == "call_function" and _home(node) in ("torch", "fastlayers")
     if not (function or node.op == "call_method") or not node.args:

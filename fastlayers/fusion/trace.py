@@ -15,8 +15,8 @@ from torch.fx.node import has_side_effect, map_arg
 
 from .. import _torch
 from ..ops.activation import Activation
-from . import allowed, plan
-from .activation import Applied
+from . import allowed, gated_mlp, plan
+from .activation import layer_of
 from .interpret import Interpreter, Left
 from .rows import Calls, Finder
 from .state import Looked
@@ -31,9 +31,10 @@ def fuse(model: nn.Module) -> fx.GraphModule:
         with torch.inference_mode(): fused(x)
 
     A convolution, its BatchNorm (in eval, where no gradients are recorded), the addition of a residual (likewise) and ReLU become
-    one kernel, and so do Linear and ReLU; Linear layers in a row are one function for autograd. Sum and ReLU may be operators,
-    functions or methods of torch's. What is fused is decided at every call, as in a Sequential: a layer with a hook runs
-    alone.
+    one kernel, and so do Linear and ReLU; Linear layers in a row are one function for autograd. So are the gated layers of a
+    transformer, `down(activation(gate(x)) * up(x))`, whose two inner products are one kernel. Sum, product and activation may
+    be operators, functions or methods of torch's. What is fused is decided at every call, as in a Sequential: a layer with a
+    hook runs alone.
 
     The result, a torch.fx.GraphModule, shares the model's modules, parameters and buffers: it trains as the model does, and
     state_dict is the same. Not shared are the hooks, attributes and methods of the model itself.
@@ -86,10 +87,8 @@ def run(input: torch.Tensor, with_sum: bool, *parts: Any) -> Any:
 
 
 def _layer(part: Any) -> Any:
-    if isinstance(part, Activation):
-        return Applied(part)
-    if not isinstance(part, tuple):
-        return part
+    if isinstance(part, Activation) or not isinstance(part, tuple):
+        return layer_of(part)
     word, residual = part
     if word == "radd":
         return plan.Residual(residual, lambda x: residual + x)
@@ -112,12 +111,15 @@ def _traced(model: nn.Module, training: bool) -> tuple[fx.Graph, Looked, list[Le
 
 
 def _join(model: nn.Module, graph: fx.Graph) -> int:
-    """Put a call of `run` in the place of each row of layers; how many there are."""
+    """Put a call in the place of each row of layers, and of each group around a gate; how many there are."""
     finder = Finder(graph, dict(model.named_modules(remove_duplicate=False)), Calls(run, inplace))
-    rows = list(finder.rows())
+    gates = list(gated_mlp.find(finder))
+    rows = list(finder.rows({node for gate in gates for node in gate}))
     for row in rows:
         finder.replace(row)
-    return len(rows)
+    for gate in gates:
+        gated_mlp.replace(graph, gate, finder.order)
+    return len(rows) + len(gates)
 
 
 def _messages(left: Sequence[Left]) -> list[str]:

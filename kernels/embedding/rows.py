@@ -9,13 +9,14 @@ before. Every sum has a fixed order and there are no atomics, so that results ar
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
-from .runtime import launch, tiles
-from .runtime.tiles import Tile, cdiv
+from ..runtime import launch, tiles
+from ..runtime.tiles import Tile, cdiv
 
 PIECE = 64
 """So many sorted indices are a piece."""
@@ -65,16 +66,20 @@ def _starts_kernel(sorted_ptr, starts_ptr, COUNT, ROWS, STEPS, TILE: tl.constexp
 
 
 @triton.jit
-def _load_gradients(dy_ptr, order_ptr, place, n, counted, inside, dy_row, dy_column, ACC: tl.constexpr):
-    """The rows of dy that belong to these places among the sorted indices."""
+def _load_gradients(dy_ptr, order_ptr, factors_ptr, place, n, counted, inside, dy_row, dy_column, ACC: tl.constexpr):
+    """The rows of dy that belong to these places among the sorted indices, each times its factor if there are factors."""
     row = tl.load(order_ptr + place, mask=counted, other=0)
     offsets = (row * dy_row)[:, None] + (n * dy_column)[None, :]
-    return tl.load(dy_ptr + offsets, mask=counted[:, None] & inside[None, :], other=0.0).to(ACC)
+    dy = tl.load(dy_ptr + offsets, mask=counted[:, None] & inside[None, :], other=0.0).to(ACC)
+    if factors_ptr is not None:
+        factor = tl.load(factors_ptr + place, mask=counted, other=0.0)
+        dy = tl.where(counted[:, None], dy * factor[:, None], 0.0)
+    return dy
 
 
 @triton.jit
 def _embedding_pieces_kernel(
-    dy_ptr, sorted_ptr, order_ptr, starts_ptr, partials_ptr,
+    dy_ptr, sorted_ptr, order_ptr, factors_ptr, starts_ptr, partials_ptr,
     COUNT, ROWS, N, padding_index, dy_row, dy_column,
     ACC: tl.constexpr, VEC: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
@@ -95,14 +100,14 @@ def _embedding_pieces_kernel(
         begin = tl.load(starts_ptr + key, mask=exists, other=0)
         end = tl.load(starts_ptr + key + 1, mask=exists, other=0)
         if (end - begin > TILE_M) & (key != padding_index) & ((slot == 0) | (key != first)):
-            dy = _load_gradients(dy_ptr, order_ptr, place, n, (place < COUNT) & (keys == key), n < N,
+            dy = _load_gradients(dy_ptr, order_ptr, factors_ptr, place, n, (place < COUNT) & (keys == key), n < N,
                                  dy_row, dy_column, ACC)  # fmt: skip
             tl.store(partials_ptr + ((piece * 2 + slot) * N + n), tl.sum(dy, axis=0), mask=n < N)
 
 
 @triton.jit
 def _embedding_grad_kernel(
-    dy_ptr, order_ptr, starts_ptr, partials_ptr, dw_ptr,
+    dy_ptr, order_ptr, factors_ptr, starts_ptr, partials_ptr, dw_ptr,
     ROWS, N, padding_index, dy_row, dy_column,
     BY_COUNT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr, PIECE: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr,
@@ -121,7 +126,7 @@ def _embedding_grad_kernel(
     total = tl.zeros((TILE_M, TILE_N), ACC)
     single = tl.where(lookups > PIECE, 0, lookups)
     for i in range(0, tl.max(single, axis=0)):
-        total += _load_gradients(dy_ptr, order_ptr, begin + i, n, i < single, n < N,
+        total += _load_gradients(dy_ptr, order_ptr, factors_ptr, begin + i, n, i < single, n < N,
                                  dy_row, dy_column, ACC)  # fmt: skip
     first = begin // PIECE
     pieces = tl.where(lookups > PIECE, (end - 1) // PIECE - first + 1, 0)
@@ -136,7 +141,7 @@ def _embedding_grad_kernel(
     tl.store(dw_ptr + (m[:, None] * N + n[None, :]), total.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-def _vector(*sizes: int) -> int:
+def vector(*sizes: int) -> int:
     """The most elements, up to 8, that can be loaded at a time: a number that divides all of these."""
     return math.gcd(8, *sizes)
 
@@ -153,7 +158,7 @@ def embedding(indices: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) ->
     launch.launch(
         _embedding_kernel, cdiv(count, tile.m) * cdiv(n, tile.n),
         indices, weight, out, count, rows, n, indices.stride(0), *weight.stride(),
-        WIDE=out.numel() >= 2**31 or launch.wide(indices), VEC=_vector(n, weight.stride(0)),
+        WIDE=out.numel() >= 2**31 or launch.wide(indices), VEC=vector(n, weight.stride(0)),
         TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
 
@@ -164,21 +169,26 @@ def embedding_grad(
     dw: torch.Tensor,
     padding_index: int,
     by_count: bool,
+    members: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]] | None = None,
 ) -> None:
     """dw[row] = the sum of the rows of dy where `indices` is row.
 
-    Shape: indices (COUNT,); dy (COUNT, N), any strides; dw (ROWS, N), contiguous.
+    Shape: indices (COUNT,); dy (COUNT, N), any strides; dw (ROWS, N), contiguous. With `members`, dy has any number of rows.
     Dtype: indices int32 or int64; dy and dw any floating; added up in float32 (float64).
 
     Args:
         padding_index: the row whose gradient is 0; -1 for none.
         by_count: whether to divide by how often the row was looked up.
+        members: where several indices share a row of dy. Of the order (COUNT,) in which the indices are sorted, in which
+            places among them follow each other, it gives the row of dy for each, as int64, and what that row is multiplied
+            by, in the dtype that sums have, or None.
     """
     (rows, n), count = dw.shape, indices.numel()
     accumulate = torch.promote_types(dw.dtype, torch.float32)
     if rows < 2**31:
         indices = indices.to(torch.int32)  # half of the bytes to sort
     ordered, order = torch.sort(indices, stable=True)
+    order, factors = (order, None) if members is None else members(order)
     starts = launch.empty((rows + 1,), dtype=torch.int32, device=dw.device)
     launch.launch(
         _starts_kernel, cdiv(rows + 1, _STARTS.n),
@@ -186,17 +196,17 @@ def embedding_grad(
     )  # fmt: skip
     pieces = cdiv(count, PIECE) if count > PIECE else 0
     partials = launch.empty((2 * pieces, n), dtype=accumulate, device=dw.device)
-    meta = dict(ACC=tiles.triton_dtype(accumulate), VEC=_vector(n, dy.stride(0)))
+    meta = dict(ACC=tiles.triton_dtype(accumulate), VEC=vector(n, dy.stride(0)))
     tile = _EMBEDDING_PIECES
     launch.launch(
         _embedding_pieces_kernel, pieces * cdiv(n, tile.n),
-        dy, ordered, order, starts, partials, count, rows, n, padding_index, *dy.stride(),
+        dy, ordered, order, factors, starts, partials, count, rows, n, padding_index, *dy.stride(),
         **meta, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     tile = tiles.ask("embedding_grad", lambda: _EMBEDDING_GRAD) or _EMBEDDING_GRAD[n > 128]
     launch.launch(
         _embedding_grad_kernel, cdiv(rows, tile.m) * cdiv(n, tile.n),
-        dy, order, starts, partials, dw, rows, n, padding_index, *dy.stride(),
+        dy, order, factors, starts, partials, dw, rows, n, padding_index, *dy.stride(),
         **meta, BY_COUNT=by_count, WIDE=dw.numel() >= 2**31 or launch.wide(dy), PIECE=PIECE,
         TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
