@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "audit": "compile every kernel for every target and read the machine code; no GPU needed",
+    "counters": "run each kernel in an emulator and count sectors, bank conflicts, instructions; no GPU needed",
     "host": "the CPU's time for one call; no GPU needed",
     "run": "time everything on this machine's GPU (what no command means)",
     "tune": "search tiles on this machine's GPU and write the rows of kernels/runtime/tiles.py",
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
     name = argv[0] if argv else ""
     if name in ("-h", "--help", "help"):
         print("python -m bench COMMAND [--help]\n")
-        print("\n".join(f"  {command:8}{meaning}" for command, meaning in COMMANDS.items()))
+        print("\n".join(f"  {command:9}{meaning}" for command, meaning in COMMANDS.items()))
         return 0
     if name and not name.startswith("-") and name not in COMMANDS:
         print(f"no such command: {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)

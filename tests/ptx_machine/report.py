@@ -50,6 +50,8 @@ class Report:
     wavefronts: float = 0.0
     """Of accesses to shared memory, and what they were without conflicts."""
     ideal: float = 0.0
+    ways: float = 1.0
+    """Of the access to shared memory that conflicts worst: its wavefronts over what they were without."""
     seconds: float = 0.0
 
     def count(self, blocks: Iterable[Block]) -> None:
@@ -66,3 +68,4 @@ class Report:
                 else:
                     self.wavefronts += (x.ideal + x.extra) * scale
                     self.ideal += x.ideal * scale
+                    self.ways = max(self.ways, round((x.ideal + x.extra) / x.ideal, 1))
