@@ -21,6 +21,7 @@ if not GPU:
 os.environ.setdefault("FASTLAYERS_TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # one for all workers
 
 import honest_interpreter  # noqa: E402
+import quick_interpreter  # noqa: E402
 import sanitizer  # noqa: E402
 
 import fastlayers  # noqa: E402
@@ -34,6 +35,7 @@ from fastlayers.selfcheck import strict_float32  # noqa: E402
 torch.set_num_threads(1)
 if _launch.INTERPRETED:
     honest_interpreter.install()
+    quick_interpreter.install()
     sanitizer.install()
 
 
