@@ -70,7 +70,7 @@ def _finish(
 
 @triton.jit
 def _gated_matmul_kernel(
-    x_ptr, gate_weight_ptr, up_weight_ptr, c_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
+    c_ptr, x_ptr, gate_weight_ptr, up_weight_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
     M, N, K, x_m, x_k, gate_n, gate_k, up_n, up_k, A0: tl.float64, A1: tl.float64,
     THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, K_FITS: tl.constexpr,
     GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
@@ -104,7 +104,7 @@ def _gated_matmul_kernel(
 
 @triton.jit
 def _gated_matmul_tma_kernel(
-    x, gate_weight, up_weight, c_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
+    c_ptr, x, gate_weight, up_weight, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
     M, N, K, A0: tl.float64, A1: tl.float64,
     THEN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, X_TRANSPOSED: tl.constexpr,
     GATE_TRANSPOSED: tl.constexpr, UP_TRANSPOSED: tl.constexpr, GROUP: tl.constexpr,
@@ -229,7 +229,7 @@ def gated_matmul(
     tile = picked.tile
     function, options = epilogues.tile_function(then)
     biases = [None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias)]
-    rest: tuple[object, ...] = (out, gate_out, up_out, *biases, m, n, k)
+    rest: tuple[object, ...] = (gate_out, up_out, *biases, m, n, k)
     meta = dict(
         THEN=function, PRECISION=picked.precision, WIDE=wide, GROUP=8,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
@@ -240,11 +240,11 @@ def gated_matmul(
         words = ("X_TRANSPOSED", "GATE_TRANSPOSED", "UP_TRANSPOSED")
         transposed = {word: turned for word, (_, turned) in zip(words, described, strict=True)}
         launch.launch(
-            _gated_matmul_tma_kernel, programs, *[d for d, _ in described], *rest, *options, **transposed, **meta
+            _gated_matmul_tma_kernel, programs, out, *[d for d, _ in described], *rest, *options, **transposed, **meta
         )
         return
     launch.launch(
-        _gated_matmul_kernel, programs, *operands, *rest, *x.stride(), *gate_weight.stride(), *up_weight.stride(), *options,
+        _gated_matmul_kernel, programs, out, *operands, *rest, *x.stride(), *gate_weight.stride(), *up_weight.stride(), *options,
         ACC=tiles.triton_dtype(torch.promote_types(x.dtype, torch.float32)), K_FITS=k % tile.k == 0, **meta,
     )  # fmt: skip
 
