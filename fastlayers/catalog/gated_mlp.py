@@ -25,8 +25,8 @@ class Mlp(torch.nn.Module):
             self.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.randn(rows)) if bias else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights = (self.gate_weight, self.up_weight, self.down_weight)
-        biases = (self.gate_bias, self.up_bias, self.down_bias)
+        weights: Any = (self.gate_weight, self.up_weight, self.down_weight)
+        biases: Any = (self.gate_bias, self.up_bias, self.down_bias)
         if self.joined:
             return gated_mlp(x, *weights, *biases, activation=self.activation)
         gate, up, down = zip(weights, biases, strict=True)

@@ -89,7 +89,7 @@ def run(x: torch.Tensor, activation: Any, gate: Any, up: Any, down: Any, turns: 
     activation = layer_of(activation)
     layers = (gate, activation, up, down)
     if not plan.everyone_is_watched():
-        values = [plan.value(layer) for layer in layers]
+        values: list[Any] = [plan.value(layer) for layer in layers]
         if None not in values:
             params = [(own(t, "weight", type(t)), own(t, "bias", type(t))) for t in (gate, up, down)]
             y = plan.named(layers, gated_layers, x, *params, values[1].what)

@@ -98,7 +98,9 @@ class EmbeddingBag(Operation):
             return BadInput(f"mode {options.mode!r}")
         if factors is not None and (factors.shape != x.shape or options.mode != "sum"):
             return BadInput(f"per_sample_weights {tuple(factors.shape)} for {tuple(x.shape)} and mode {options.mode!r}")
-        if (x.dim() == 2 and x.shape[1] == 0) or (options.include_last_offset and x.dim() == 1 and len(offsets) == 0):
+        if (x.dim() == 2 and x.shape[1] == 0) or (
+            options.include_last_offset and offsets is not None and offsets.shape[0] == 0
+        ):
             return BadInput("no indices, or no last offset")
         if options.mode == "max":
             return BadInput("scale_grad_by_freq of maxima") if options.scale_grad_by_freq else "the maximum of a bag"

@@ -113,14 +113,15 @@ class GatedMlp(Operation):
         d_output, hidden, x = _matrix(dy.output), saved.hidden, _matrix(saved.input)
         of_gate = any([g is not None for g in (grads.input, grads.gate_weight, grads.gate_bias)])
         of_up = any([g is not None for g in (grads.input, grads.up_weight, grads.up_bias)])
-        d_hidden = d_gate = None
+        d_hidden: Any = None
+        d_gate: Any = None
         if of_gate or of_up:
             d_hidden = matmul(d_output, saved.down_weight, precision=precision)
         if of_gate:
             d_gate = Out(tuple(saved.gate.shape), saved.gate.dtype).empty(d_output.device)
         if hidden is None and grads.down_weight is not None:
             hidden = Out(tuple(saved.gate.shape), saved.gate.dtype).empty(d_output.device)
-        d_up = d_hidden if of_up else None  # in its memory
+        d_up: Any = d_hidden if of_up else None  # in its memory
         if d_hidden is not None or hidden is not saved.hidden:
             kernels.gate(saved.gate, saved.up, hidden, d_hidden, d_gate, d_up, then=options.activation)
         _weight_grad(d_output, hidden, grads.down_weight, grads.down_bias, precision)
@@ -143,7 +144,7 @@ class GatedMlp(Operation):
                     grads[6] = d_output.sum(0)
                 if needs[5]:
                     grads[5] = d_output.T @ (f(saved.gate) * saved.up if saved.hidden is None else saved.hidden)
-                dh = d_output @ saved.down_weight if of_gate or of_up else None
+                dh: Any = d_output @ saved.down_weight if of_gate or of_up else None
                 if of_gate:
                     d_gate = _sum(d_gate, f.differentiate(dh * saved.up, saved.gate, "input"))
                 if of_up:

@@ -6,6 +6,9 @@ products run by themselves, and `gate` joins them. Both factors are rounded to x
 the same whether the factors are kept or not; the activation's result is not rounded.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +17,7 @@ from .. import epilogues
 from ..runtime import launch, tiles
 from ..runtime.tiles import Device, Tile, cdiv
 from .matmul import _descriptor, _fits_a_descriptor, _place, matmul
-from .tiles import INTERPRETER, arithmetic
+from .tiles import INTERPRETER, Product, arithmetic
 
 # As in tiles.py; n columns of either weight. "descriptors": through the tensor memory accelerator, on architectures with one.
 _GATED = {
@@ -67,7 +70,7 @@ def _finish(
 
 @triton.jit
 def _gated_matmul_kernel(
-    x_ptr, gate_weight_ptr, up_weight_ptr, c_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
+    c_ptr, x_ptr, gate_weight_ptr, up_weight_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
     M, N, K, x_m, x_k, gate_n, gate_k, up_n, up_k, A0: tl.float64, A1: tl.float64,
     THEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, K_FITS: tl.constexpr,
     GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
@@ -101,7 +104,7 @@ def _gated_matmul_kernel(
 
 @triton.jit
 def _gated_matmul_tma_kernel(
-    x, gate_weight, up_weight, c_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
+    c_ptr, x, gate_weight, up_weight, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
     M, N, K, A0: tl.float64, A1: tl.float64,
     THEN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, X_TRANSPOSED: tl.constexpr,
     GATE_TRANSPOSED: tl.constexpr, UP_TRANSPOSED: tl.constexpr, GROUP: tl.constexpr,
@@ -159,29 +162,33 @@ def _gate_kernel(
             tl.store(d_up_ptr + i, (dc * y).to(d_up_ptr.dtype.element_ty), mask=inside)
 
 
+def _rows(dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, descriptors: bool) -> Iterator[Product]:
+    """All that `_pick` may choose from, whatever the sizes, the largest tile first."""
+    kind = arithmetic(dtype, precision)
+    accelerated = _DESCRIPTORS.get(device.architecture) if descriptors and kind == "16" else None
+    if accelerated is not None:
+        yield Product(accelerated, precision, descriptors=True)
+    for size in ("large", "small") if vectors else ("gather",):
+        yield Product(_GATED[kind, size], precision)
+
+
 def _pick(
     m: int, n: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, descriptors: bool
-) -> tuple[Tile, bool] | None:
-    """The tile, and whether descriptors fetch operands. None where tiles are so few that most multiprocessors would have
-    none."""
-    kind = arithmetic(dtype, precision)
-    sizes = ("large", "small") if vectors else ("gather",)
-    accelerator = _DESCRIPTORS.get(device.architecture) if descriptors and kind == "16" else None
-
-    def programs(tile: Tile) -> int:
-        return cdiv(m, tile.m) * cdiv(n, tile.n)
-
-    asked = tiles.ask("gated_matmul", lambda: (_GATED[kind, size] for size in sizes))
+) -> Product | None:
+    """The largest tile that gives at least three quarters of the multiprocessors a program, and of which no more than half lies
+    outside of the matrix. None where there is none, so that the sums would have to be shared out."""
+    if dtype != torch.float32:
+        precision = "ieee"  # it concerns float32 alone
+    rows = [*_rows(dtype, precision, device, vectors=vectors, descriptors=descriptors)]
+    asked: Product | None = tiles.ask("gated_matmul", lambda: rows)
     if asked is not None:
-        return asked, False
+        return replace(asked, precision=precision)
     if device.architecture == "interpreter":
-        return INTERPRETER, False
-    if accelerator is not None and 2 * m > accelerator.m and programs(accelerator) >= device.multiprocessors:
-        return accelerator, True
-    for size in sizes:
-        tile = _GATED[kind, size]
-        if 2 * m > tile.m and 4 * programs(tile) >= 3 * device.multiprocessors:
-            return tile, False
+        return Product(INTERPRETER, precision)
+    for row in rows:
+        programs = cdiv(m, row.tile.m) * cdiv(n, row.tile.n)
+        if 2 * m > row.tile.m and 4 * programs >= 3 * device.multiprocessors:
+            return row
     return None
 
 
@@ -219,26 +226,25 @@ def gated_matmul(
         up_out = matmul(x, up_weight.T, bias=up_bias, out=up_out, precision=precision)
         gate(gate_out, up_out, out, then=then)
         return
-    tile, descriptors = picked
-    precision = precision if x.dtype == torch.float32 else "ieee"
+    tile = picked.tile
     function, options = epilogues.tile_function(then)
     biases = [None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias)]
-    rest: tuple[object, ...] = (out, gate_out, up_out, *biases, m, n, k)
+    rest: tuple[object, ...] = (gate_out, up_out, *biases, m, n, k)
     meta = dict(
-        THEN=function, PRECISION=precision, WIDE=wide, GROUP=8,
+        THEN=function, PRECISION=picked.precision, WIDE=wide, GROUP=8,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     programs = cdiv(m, tile.m) * cdiv(n, tile.n)
-    if descriptors:
+    if picked.descriptors:
         described = [_descriptor(t, rows, tile.k) for t, rows in zip(operands, (tile.m, tile.n, tile.n), strict=True)]
         words = ("X_TRANSPOSED", "GATE_TRANSPOSED", "UP_TRANSPOSED")
         transposed = {word: turned for word, (_, turned) in zip(words, described, strict=True)}
         launch.launch(
-            _gated_matmul_tma_kernel, programs, *[d for d, _ in described], *rest, *options, **transposed, **meta
+            _gated_matmul_tma_kernel, programs, out, *[d for d, _ in described], *rest, *options, **transposed, **meta
         )
         return
     launch.launch(
-        _gated_matmul_kernel, programs, *operands, *rest, *x.stride(), *gate_weight.stride(), *up_weight.stride(), *options,
+        _gated_matmul_kernel, programs, out, *operands, *rest, *x.stride(), *gate_weight.stride(), *up_weight.stride(), *options,
         ACC=tiles.triton_dtype(torch.promote_types(x.dtype, torch.float32)), K_FITS=k % tile.k == 0, **meta,
     )  # fmt: skip
 

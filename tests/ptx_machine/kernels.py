@@ -24,6 +24,7 @@ import fastlayers
 import fastlayers.functional as FL
 from bench import workloads
 from fastlayers.catalog import ROWS, Case
+from fastlayers.catalog.gated_mlp import Mlp
 from fastlayers.catalog.row import Classes, case
 from fastlayers.kernels.conv import tiles as conv_tiles
 from fastlayers.kernels.matmul import matmul
@@ -334,6 +335,14 @@ def _with_other_tiles() -> Iterator[Run]:
                 product = Product(Tile(64, 64, 32), "tf32" if tf32 else "ieee", descriptors=True)
                 label = f"{row.name} through descriptors, {short}, sm_90"
                 yield Run(label, functools.partial(_forced, layer, matmul=product), short == "bf16")
+
+        if row.name == "gated_mlp":
+            aligned = case(lambda nn: Mlp(nn, 64, 96, 64, "silu", True), (40, 64))
+            for short in ("bf16", "f16"):
+                layer = functools.partial(_layer, aligned, DTYPES[short])
+                product = Product(Tile(64, 64, 32), "ieee", descriptors=True)
+                label = f"{row.name} through descriptors, {short}, sm_90"
+                yield Run(label, functools.partial(_forced, layer, gated_matmul=product), short == "bf16")
 
 
 _QUICK_IN_PARTS = (("LayerNorm", "rows"), ("BatchNorm2d", "images"))
