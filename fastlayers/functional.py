@@ -22,6 +22,7 @@ from .ops.gated import *
 from .ops.linear import *
 from .ops.linear_cross_entropy import *
 from .ops.loss import *
+from .ops.multi_head_attention import *
 from .ops.norm import *
 from .ops.piecewise import *
 from .ops.pooling import *
