@@ -80,7 +80,6 @@ ROWS = (
         "weights the kernels of scaled_dot_product_attention, which read the heads where one product wrote them; the weights by "
         "products of torch's",
         "static_k or static_v; of its attention, what scaled_dot_product_attention leaves to torch",
-        operation=_attention,
         scale=1,
         function="multi_head_attention_forward",
         speeds={

@@ -1,4 +1,4 @@
-"""Attention between linear projections: of the inputs to queries, keys and values of several heads, and of what the heads find."""
+"""Attention between projections: of the inputs to queries, keys and values of several heads, and of what the heads find."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def _attended(
     return linear(found.flatten(2), p.out_weight, p.out_bias), weights
 
 
-# --- torch's functions -----------------------------------------------------------------------------------------------------------
+# --- torch's functions ---------------------------------------------------------------------------------------------------------
 
 
 def _left(reason: str, call: Callable[[], Any]) -> Any:
