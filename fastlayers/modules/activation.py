@@ -275,8 +275,9 @@ class GLU(nn.GLU):
 
 class MultiheadAttention(nn.MultiheadAttention):
     """Attention of several heads between linear projections. As torch.nn.MultiheadAttention: `out_proj` lends its weight and
-    bias and is never called. See `fastlayers.functional.multi_head_attention_forward` for shapes, dtypes and errors.
-    In eval, where torch has an operator of its own for self-attention with batch_first, a query without any key gives NaN, as there.
+    bias and is never called. See `fastlayers.functional.multi_head_attention_forward` for shapes, dtypes and errors. In eval,
+    where torch has an operator of its own for self-attention with batch_first, a query that may attend to no key gives NaN, as
+    there.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html
     """
