@@ -23,6 +23,7 @@ from .ops.gated_mlp import *
 from .ops.linear import *
 from .ops.linear_cross_entropy import *
 from .ops.loss import *
+from .ops.multi_head_attention import *
 from .ops.norm import *
 from .ops.piecewise import *
 from .ops.pooling import *

@@ -173,11 +173,12 @@ def test_what_is_left_alone_and_why() -> None:
         "normed.parametrizations.weight.0": "fastlayers has no _WeightNorm",
         "patched": "its forward was replaced",
         "tiled": "its forward was replaced",
+        "attention": None,
         "attention.out_proj": "its parent reads its weight and never calls it",
         "bilinear": "fastlayers has no Bilinear",
         "fine": None,
     }
-    assert [b for b, a in zip(before, classes(model), strict=True) if a is not b] == [nn.Linear]
+    assert [b for b, a in zip(before, classes(model), strict=True) if a is not b] == [nn.MultiheadAttention, nn.Linear]
 
 
 @pytest.mark.parametrize(

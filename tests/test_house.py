@@ -56,8 +56,18 @@ MAY = {
         "ops.conv",
         "ops.recurrent_cells",
     },
+    "ops.multi_head_attention": {
+        "dispatch",
+        "_torch",
+        "_torch_functional",
+        "ops.attention",
+        "ops.dropout",
+        "ops.linear",
+        "ops.softmax",
+    },
     "functional": {"ops", "_namespace"},
     "modules": {"functional", "_state", "_originals", "_leaf", "modules"},
+    "modules.activation": {"functional", "_state", "ops.multi_head_attention"},
     "modules.rnn": {"ops.recurrent", "ops.recurrent_cells"},  # which torch.nn.functional doesn't have
     "modules.container": {"fusion.plan", "_state"},
     "_namespace": set(),

@@ -62,14 +62,17 @@ def run(models: tuple[nn.Module, nn.Module], *inputs: torch.Tensor, **kwargs: An
 def test_transformer(device: torch.device) -> None:
     """In training; in eval, where torch's encoder reads the weights of its layers itself; with masks and without."""
     model = nn.Transformer(16, 2, 2, 1, 24, dropout=0.1, batch_first=True)
-    models = both(model, device, "encoder.layers.0.linear1", "decoder.layers.0.linear2")
+    for m in model.modules():
+        if isinstance(m, nn.MultiheadAttention):
+            m.dropout = 0.0  # attention drops other weights than torch's
+    models = both(model, device, "encoder.layers.0.linear1", "decoder.layers.0.linear2", "encoder.layers.0.self_attn")
     source, target = torch.randn(2, 5, 16, device=device), torch.randn(2, 4, 16, device=device)
     mask = nn.Transformer.generate_square_subsequent_mask(4, device=device)
     run(models, source, target)
     run(models, source, target, tgt_mask=mask)
     taken = paths_taken(models[0], source, target)
     assert taken["encoder.layers.0.linear1"] == taken["decoder.layers.0.linear2"] == "triton"
-    assert taken["encoder.layers.0.self_attn"] == "torch.nn.MultiheadAttention is not one of our layers"
+    assert taken["encoder.layers.0.self_attn"] == taken["decoder.layers.0.multihead_attn"] == "triton"
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2], device=device)
     for model in models:
         model.eval()

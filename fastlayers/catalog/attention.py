@@ -32,6 +32,23 @@ def _heads(batch: int, heads: int, length: int, features: int, of_keys: int | No
     return (batch, heads, length, features), (batch, few, length, features), (batch, few, length, features)
 
 
+class Layer(torch.nn.Module):
+    """A MultiheadAttention that is called with a query, or with a query and what is both key and value, and these arguments."""
+
+    def __init__(self, attention: torch.nn.Module, **arguments: Any):
+        super().__init__()
+        self.attention, self.arguments = attention, arguments
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor | None = None, **masks: Any) -> Any:
+        key = query if key is None else key
+        return self.attention(query, key, key, **masks, **self.arguments)
+
+
+def _layer(features: int, heads: int, *inputs: Any, weights: bool = False, **options: Any) -> Case:
+    arguments = {} if weights else {"need_weights": False}
+    return case(lambda nn: Layer(nn.MultiheadAttention(features, heads, **options), **arguments), *inputs)
+
+
 ROWS = (
     Row(
         "scaled_dot_product_attention",
@@ -55,6 +72,27 @@ ROWS = (
             keys=_attend((1, 2, 20, 12), (1, 2, 37, 12), (1, 2, 37, 12), Allowed((1, 1, 1, 37), 4)),
             matrices=_attend((2, 21, 10), (2, 29, 10), (2, 29, 6), is_causal=True, scale=0.4),
             few=_attend((3, 2, 1, 7), (3, 1, 18, 7), (3, 1, 18, 7), scale=-0.5),
+        ),
+    ),
+    Row(
+        "MultiheadAttention",
+        "kdim, vdim, bias, add_bias_kv, add_zero_attn, dropout, batch_first, unbatched input; every mask, is_causal; without the "
+        "weights the kernels of scaled_dot_product_attention, which read the heads where one product wrote them; the weights by "
+        "products of torch's",
+        "static_k or static_v; of its attention, what scaled_dot_product_attention leaves to torch",
+        scale=1,
+        function="multi_head_attention_forward",
+        speeds={
+            "ViT-B, 64 images": _layer(768, 12, (64, 197, 768), batch_first=True),
+            "BERT-large, 16 x 512 tokens": _layer(1024, 16, (16, 512, 1024), batch_first=True),
+            "DETR's decoder, 100 queries of 32 x 850": _layer(256, 8, (100, 32, 256), (850, 32, 256)),
+            "the weights as well, 16 x 512 tokens": _layer(512, 8, (512, 16, 512), weights=True),
+        },
+        cases=dict(
+            alone=_layer(12, 3, (20, 2, 12)),
+            weights=_layer(8, 2, (2, 18, 8), weights=True, batch_first=True, add_zero_attn=True),
+            cross=_layer(12, 2, (5, 2, 12), (21, 2, 7), kdim=7, vdim=7, bias=False),
+            pair=_layer(6, 3, (19, 6), (5, 6), add_bias_kv=True, add_zero_attn=True),
         ),
     ),
 )

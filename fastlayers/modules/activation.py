@@ -1,10 +1,13 @@
 """torch.nn.modules.activation."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .. import functional as F
 from .._state import own
+from ..ops import multi_head_attention as attention
 
 __all__ = [
     "CELU",
@@ -20,6 +23,7 @@ __all__ = [
     "LogSigmoid",
     "LogSoftmax",
     "Mish",
+    "MultiheadAttention",
     "PReLU",
     "ReLU",
     "ReLU6",
@@ -267,6 +271,74 @@ class GLU(nn.GLU):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.glu(input, self.dim)
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Attention of several heads between linear projections. As torch.nn.MultiheadAttention: `out_proj` lends its weight and
+    bias and is never called. See `fastlayers.functional.multi_head_attention_forward` for shapes, dtypes and errors. In eval,
+    where torch has an operator of its own for self-attention with batch_first, a query that may attend to no key gives NaN, as
+    there.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._in_one_operator(query, key, value, key_padding_mask, attn_mask):
+
+            def reference() -> Any:
+                return nn.MultiheadAttention.forward(
+                    self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                )
+
+            out = self.out_proj
+            return attention.inference(
+                query,
+                attention.Parameters((self.in_proj_weight,), self.in_proj_bias, None, None, out.weight, out.bias),
+                attention.Masks(key_padding_mask, attn_mask),
+                attention.Way(self.num_heads, 0.0, False, False, bool(need_weights), bool(average_attn_weights)),
+                reference,
+            )
+        batch_first = self.batch_first and query.dim() == 3
+        if batch_first:  # what is one tensor stays one
+            turned = {id(t): t.transpose(1, 0) for t in (query, key, value)}
+            query, key, value = turned[id(query)], turned[id(key)], turned[id(value)]
+        output, weights = F.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v,
+            self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias, training=self.training,
+            key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+            use_separate_proj_weight=not self._qkv_same_embed_dim, q_proj_weight=self.q_proj_weight,
+            k_proj_weight=self.k_proj_weight, v_proj_weight=self.v_proj_weight, average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )  # fmt: skip
+        return (output.transpose(1, 0), weights) if batch_first else (output, weights)
+
+    def _in_one_operator(self, query: Any, key: Any, value: Any, *masks: Any) -> bool:
+        """Whether torch's layer calls torch._native_multi_head_attention, or may find more against it than is looked at here."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            return True
+        if self.training or not self.batch_first or query is not key or key is not value or query.dim() != 3:
+            return False
+        weight, bias, out = self.in_proj_weight, self.in_proj_bias, self.out_proj
+        if weight is None or bias is None or self.num_heads % 2 or not weight.dtype == bias.dtype == query.dtype:
+            return False
+        if self.bias_k is not None or self.bias_v is not None or self.add_zero_attn or not self._qkv_same_embed_dim:
+            return False
+        if any([mask is not None and torch.is_floating_point(mask) for mask in masks]) or torch.is_autocast_enabled():
+            return False
+        if not torch.backends.mha.get_fastpath_enabled():
+            return False
+        used = (query, weight, bias, out.weight, out.bias)
+        return not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in used])
 
 
 class PReLU(nn.PReLU):

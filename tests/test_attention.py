@@ -1,0 +1,298 @@
+"""Attention: what the catalog's rows can't say of it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from contract import by_formula
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+import fastlayers
+import fastlayers.functional as F
+from fastlayers.kernels.attention import launchers
+from fastlayers.testing import assert_within_budget, neighbours
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+MASKS = [(20, 37), (1, 37), (20, 1), (1, 1, 1, 37), (2, 1, 1, 37), (1, 3, 20, 37), (2, 3, 1, 1), (2, 1, 20, 37)]
+
+
+def gradients(function: Callable[..., Any], *tensors: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    """The result of a function of tensors, and every gradient."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+def judge(ours: Callable[..., Any], theirs: Callable[..., Any], *tensors: torch.Tensor) -> None:
+    """Result and gradients at most twice as far from float64 as torch's formula."""
+    dy = torch.randn_like(theirs(*tensors))
+    mine = gradients(ours, *tensors, dy=dy)
+    with by_formula():
+        others = [gradients(theirs, *moved, dy=moved_dy) for *moved, moved_dy in neighbours(*tensors, dy)]
+        exact = gradients(theirs, *[t.double() for t in tensors], dy=dy.double())
+    for i, (a, c, *b) in enumerate(zip(mine, exact, *others, strict=True)):
+        assert_within_budget(a, b, c, str(i), 1)
+
+
+def heads(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.randn(shape) for shape in shapes]
+
+
+def layers(device: torch.device, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Ours and torch's, with the same parameters."""
+    ours, theirs = fastlayers.nn.MultiheadAttention(*args, **kwargs), nn.MultiheadAttention(*args, **kwargs)
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases are 0 at first
+            parameter.normal_(0, 0.3)
+    ours.load_state_dict(theirs.state_dict())
+    return ours.to(device), theirs.to(device)
+
+
+# --- scaled_dot_product_attention ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_masks_are_broadcast(shape: tuple[int, ...], device: torch.device) -> None:
+    allowed = torch.rand(shape, device=device) > 0.3
+    mask = allowed if len(shape) == 2 else torch.randn(shape, device=device).masked_fill(~allowed, -torch.inf)
+    tensors = [t.to(device) for t in heads((2, 3, 20, 8), (2, 3, 37, 8), (2, 3, 37, 8))]
+
+    def attend(space: Any) -> Callable[..., torch.Tensor]:
+        return lambda *t: space.scaled_dot_product_attention(
+            *t, mask if mask.dtype == torch.bool else mask.to(t[0].dtype)
+        )
+
+    judge(attend(F), attend(torch.nn.functional), *tensors)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 37), (37, 5)])
+def test_causal_with_other_numbers_of_keys_and_shared_heads(queries: int, keys: int, device: torch.device) -> None:
+    """Query m attends to the keys up to m, wherever the keys end; four heads share two."""
+    tensors = [t.to(device) for t in heads((1, 4, queries, 8), (1, 2, keys, 8), (1, 2, keys, 8))]
+    ours, theirs = (
+        functools.partial(space.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        for space in (F, torch.nn.functional)
+    )
+    judge(ours, theirs, *tensors)
+
+
+def test_a_query_without_keys_gives_nothing(device: torch.device) -> None:
+    q, k, v = (t.to(device).requires_grad_() for t in heads((1, 2, 18, 8), (1, 2, 20, 8), (1, 2, 20, 8)))
+    mask = torch.ones(18, 20, dtype=torch.bool, device=device)
+    mask[3] = False
+    for given in (mask, torch.zeros(18, 20, device=device).masked_fill(~mask, -torch.inf)):
+        y = F.scaled_dot_product_attention(q, k, v, given)
+        assert not y[:, :, 3].any()
+        found = torch.autograd.grad(y.sum(), (q, k, v))
+        assert not found[0][:, :, 3].any()
+        assert all(g.isfinite().all() for g in found)
+
+
+def test_a_backend_that_somebody_chose_computes(device: torch.device) -> None:
+    q, k, v = (t.to(device) for t in heads((1, 1, 4, 8), (1, 1, 4, 8), (1, 1, 4, 8)))
+    with sdpa_kernel(SDPBackend.MATH), fastlayers.policy("auto"):
+        (decision,) = fastlayers.explain(F.scaled_dot_product_attention, q, k, v)
+    assert decision.path == "torch"
+    (decision,) = fastlayers.explain(F.scaled_dot_product_attention, q, k, v)
+    assert decision.path == "triton"
+
+
+# --- MultiheadAttention ----------------------------------------------------------------------------------------------------
+
+
+def test_heads_are_read_where_one_product_wrote_them(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three kernels: the packed projection, attention, and the projection of the result, which reads what attention wrote."""
+    ours, _ = layers(device, 12, 3)
+    seen: list[list[torch.Tensor]] = []
+    attend = launchers.attention
+    monkeypatch.setattr(launchers, "attention", lambda *a, **k: (seen.append([*a[:3], a[5]]), attend(*a, **k))[1])
+    x = torch.randn(20, 2, 12, device=device)
+    decisions = list(fastlayers.explain(ours, x, x, x, need_weights=False))
+    assert [d.op for d in decisions] == ["linear", "scaled_dot_product_attention", "linear"]
+    assert [len(d.kernels) for d in decisions] == [1, 1, 1]
+    q, k, v, output = seen[0]
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert output.permute(2, 0, 1, 3).is_contiguous()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_saves_no_more_than_torch(batch_first: bool, device: torch.device) -> None:
+    pair = layers(device, 32, 4, batch_first=batch_first)
+    x = torch.randn(20, 3, 32, device=device, requires_grad=True)
+    sizes = []
+    for layer in pair:
+        storages: dict[int, int] = {}
+
+        def pack(t: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x, x, x, need_weights=False)
+        sizes.append(sum(storages.values()))
+    assert sizes[0] <= sizes[1]
+
+
+@contextmanager
+def inference(layer: nn.Module, on: bool) -> Iterator[None]:
+    """In eval without gradients, where torch may call its single operator; or in training."""
+    layer.train(not on)
+    with torch.set_grad_enabled(not on):
+        yield
+
+
+@pytest.mark.parametrize("eval", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_queries_without_keys(eval: bool, need_weights: bool, batch_first: bool, device: torch.device) -> None:
+    """0 or NaN before the last projection, as torch: which of them depends on the path that torch takes."""
+    ours, theirs = layers(device, 8, 2, batch_first=batch_first)
+    x = torch.randn(3, 3, 8, device=device)
+    padding = torch.tensor([[True] * 3, [False, True, True], [False] * 3], device=device)
+    later = torch.ones(3, 3, dtype=torch.bool, device=device).triu(1)
+    results = []
+    for layer in (ours, theirs):
+        with inference(layer, eval):
+            results.append(
+                [
+                    layer(x, x, x, padding, need_weights, mask, average_attn_weights=average)
+                    for mask, average in ((None, True), (later, False), (later.expand(6, 3, 3), True))
+                ]
+            )
+    torch.testing.assert_close(*results, equal_nan=True)
+    strides = [tree_map(lambda t: t.stride() if isinstance(t, torch.Tensor) else t, r) for r in results]
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_training_beside_torchs(need_weights: bool, device: torch.device) -> None:
+    """Self-attention and cross-attention, as in a decoder, for several steps."""
+    pair = layers(device, 8, 2, kdim=6, vdim=6, add_bias_kv=True)
+    x, memory, goal = (torch.randn(shape, device=device) for shape in ((5, 2, 8), (7, 2, 6), (5, 2, 8)))
+    losses: list[list[float]] = []
+    for layer in pair:
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1, 0.9)
+        losses.append([])
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = (layer(x, memory, memory, need_weights=need_weights)[0] - goal).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    assert losses[0][-1] < losses[0][0]
+    torch.testing.assert_close(*[[*layer.parameters()] for layer in pair], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_second_derivatives(need_weights: bool, device: torch.device) -> None:
+    ours, _ = layers(device, 4, 2, dtype=torch.float64)
+    x = torch.randn(3, 1, 4, device=device, dtype=torch.float64, requires_grad=True)
+    later = torch.ones(3, 3, dtype=torch.bool, device=device).triu(1)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return ours(x, x, x, need_weights=need_weights, attn_mask=later, is_causal=True)[0]
+
+    assert torch.autograd.gradgradcheck(call, (x,), fast_mode=True)
+
+
+def test_dropout(device: torch.device) -> None:
+    """Of the weights, in training alone; what is returned are the weights as dropout leaves them."""
+    ours, _ = layers(device, 8, 2, dropout=0.5)
+    x = torch.randn(20, 2, 8, device=device)
+    plain = ours.eval()(x, x, x)
+    torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], plain[0])
+    ours.train()
+    _, weights = ours(x, x, x, average_attn_weights=False)
+    kept = weights != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    right = ours.eval()(x, x, x, average_attn_weights=False)[1]
+    torch.testing.assert_close(weights[kept], 2 * right[kept])
+    many = torch.stack([ours.train()(x, x, x, need_weights=False)[0] for _ in range(60)])
+    assert not torch.equal(many[0], many[1])
+    assert (many.mean(0) - plain[0]).abs().mean() < 0.5 * (many[0] - plain[0]).abs().mean()
+
+
+def test_out_proj_is_read_and_never_called(device: torch.device) -> None:
+    ours, theirs = layers(device, 8, 2)
+    for layer in (ours, theirs):
+        layer.out_proj.register_forward_hook(lambda *_: pytest.fail("torch doesn't call it"))
+        nn.utils.parametrizations.weight_norm(layer.out_proj)
+    x = torch.randn(3, 2, 8, device=device)
+    torch.testing.assert_close(ours(x, x, x), theirs(x, x, x))
+
+
+WRONG: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "a key of another width": lambda layer, x: layer(x, x[..., :4], x[..., :4]),
+    "another batch": lambda layer, x: layer(x, x[:, :1], x[:, :1]),
+    "other values than keys": lambda layer, x: layer(x, x, x[:2]),
+    "dimensions": lambda layer, x: layer(x[None], x[None], x[None]),
+    "a mask's size": lambda layer, x: layer(x, x, x, attn_mask=torch.zeros(2, 2, device=x.device)),
+    "a padding mask's size": lambda layer, x: layer(x, x, x, torch.zeros(2, 2, device=x.device)),
+    "a mask of integers": lambda layer, x: layer(
+        x, x, x, attn_mask=torch.zeros(3, 3, dtype=torch.int64, device=x.device)
+    ),
+    "is_causal without a mask": lambda layer, x: layer(x, x, x, is_causal=True),
+    "another dtype": lambda layer, x: layer(x.half(), x.half(), x.half()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_are_torchs(name: str, device: torch.device) -> None:
+    ours, theirs = layers(device, 8, 2)
+    x = torch.randn(3, 2, 8, device=device)
+    with pytest.raises((AssertionError, RuntimeError)) as right:
+        WRONG[name](theirs, x)
+    with pytest.raises(right.type) as mine:
+        WRONG[name](ours, x)
+    assert str(mine.value) == str(right.value)
+
+
+def test_warns_as_torch_of_masks_of_two_dtypes(device: torch.device) -> None:
+    pair = layers(device, 8, 2)
+    x, seen = torch.randn(3, 2, 8, device=device), []
+    padding, mask = torch.zeros(2, 3, dtype=torch.bool, device=device), torch.randn(3, 3, device=device)
+    for layer in pair:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = layer(x, x, x, padding, attn_mask=mask)
+        seen.append((result, [(w.category, str(w.message)) for w in caught]))
+    torch.testing.assert_close(seen[0][0], seen[1][0])
+    assert seen[0][1] == seen[1][1] != []
+
+
+def test_what_is_no_plain_case_is_torchs(device: torch.device) -> None:
+    """vmap and per-sample gradients, a mask that is learned, and a copy on the meta device."""
+    ours, theirs = layers(device, 8, 2)
+    xs = torch.randn(2, 3, 2, 8, device=device)
+    mask = torch.randn(3, 3, device=device, requires_grad=True)
+    with fastlayers.policy("auto"):
+        batched = [torch.func.vmap(lambda x: m(x, x, x)[0])(xs) for m in (ours, theirs)]  # noqa: B023
+        learned = [
+            torch.autograd.grad(m(xs[0], xs[0], xs[0], None, False, mask)[0].sum(), mask) for m in (ours, theirs)
+        ]
+        meta = copy.deepcopy(ours).to("meta")(xs[0].to("meta"), xs[0].to("meta"), xs[0].to("meta"))
+    torch.testing.assert_close(*batched)
+    torch.testing.assert_close(*learned)
+    assert meta[0].is_meta
+
+
+@pytest.mark.parametrize("eval", [False, True])
+def test_compiles_whole(eval: bool, device: torch.device) -> None:
+    ours, theirs = layers(device, 8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8, device=device)
+    later = torch.ones(3, 3, dtype=torch.bool, device=device).triu(1)
+    torch._dynamo.reset()
+    with inference(ours, eval), inference(theirs, eval):
+        compiled: Any = torch.compile(ours, backend="eager", fullgraph=True)
+        for words in (dict(need_weights=False, attn_mask=later, is_causal=True), dict(attn_mask=later)):
+            torch.testing.assert_close(compiled(x, x, x, **words), theirs(x, x, x, **words))
