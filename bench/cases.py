@@ -150,6 +150,7 @@ def _conv_calls(dtype: torch.dtype, precision: str, c: int, size: int) -> Iterat
     yield "forward", "_conv_kernel", forward
     yield "forward, added", "_conv_kernel", functools.partial(forward, residual=y)
     yield "forward, gelu", "_conv_kernel", functools.partial(forward, then=GELU)
+    yield "forward, measured", "_conv_kernel", functools.partial(forward, partials=epilogues.Partials(), then=None)
     yield "input grad", "_conv_input_grad_kernel", functools.partial(conv.conv2d_input_grad, y, w, x, **geometry)
     yield "weight grad", "_conv_weight_grad_kernel", functools.partial(conv.conv2d_weight_grad, y, x, w, **geometry)
 
@@ -200,6 +201,9 @@ def _box_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield "forward", kernel, functools.partial(forward, x, **once)
     yield "forward, NCHW", kernel, functools.partial(forward, planes, **once)
     yield "forward, gelu", kernel, functools.partial(forward, x, **{**once, "then": GELU})
+    measured: dict[str, Any] = {**once, "then": None, "norm": None, "partials": epilogues.Partials()}
+    yield "forward, measured", kernel, functools.partial(forward, x, **measured)
+    yield "forward, NCHW, measured", kernel, functools.partial(forward, planes, **measured)
     yield "forward, added", kernel, functools.partial(forward, x, residual=x, **once)
     yield "forward, NCHW, added", kernel, functools.partial(forward, planes, residual=planes, **once)
     yield "forward, stride 2", kernel, functools.partial(forward, half, **twice)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from . import activations
+from .runtime import launch
 
 
 class Activation(Protocol):
@@ -39,6 +40,50 @@ class Norm(NamedTuple):
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
+
+
+class Partials:
+    """What each tile of a result writes beside it, so that mean and variance of its channels needn't read it again: for each
+    channel a shift, the mean relative to it, and the sum of squared differences to that mean; and for each tile the number of its
+    pixels. The launcher allocates it, since only it knows the number of tiles."""
+
+    data: torch.Tensor
+    """(3 * tiles * channels + tiles,): three matrices (tiles, channels), and the numbers of pixels."""
+    tiles: int
+
+    def empty(self, tiles: int, y: torch.Tensor) -> torch.Tensor:
+        """The memory for `tiles` tiles of y (N, C, ...)."""
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        self.tiles = tiles
+        self.data = launch.empty((tiles * (3 * y.shape[1] + 1),), dtype=dtype, device=y.device)
+        return self.data
+
+
+@triton.jit
+def measure(y, partials_ptr, tile, TILES, C, channel, channel_inside, pixel_inside, CHANNEL_DIM: tl.constexpr):
+    """Write a tile's `Partials`. y is the tile as it is stored, rounded; its dimension CHANNEL_DIM runs over channels, the other
+    over pixels, of which at least one is inside.
+
+    The shift is the tile's mean as far as it is a finite number, so that the squares are of the variance's size, and the mean
+    relative to it has the digits that a mean far from 0 has no room for.
+    """
+    ACROSS: tl.constexpr = 1 - CHANNEL_DIM
+    dtype = partials_ptr.dtype.element_ty
+    pixels = tl.expand_dims(pixel_inside, CHANNEL_DIM)
+    count = tl.sum(pixel_inside.to(tl.int32)).to(dtype)
+    y = y.to(dtype)
+    shift = tl.sum(tl.where(pixels, y, 0.0), axis=ACROSS) / count
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    y = tl.where(pixels, y - tl.expand_dims(shift, ACROSS), 0.0)
+    mean = tl.sum(y, axis=ACROSS) / count
+    squares = tl.sum(tl.where(pixels, y * y, 0.0), axis=ACROSS) - mean * mean * count
+    squares = tl.where(squares < 0, 0.0, squares)  # by rounding, where all elements are equal; keeps NaN
+    size = tl.cast(TILES, tl.int64) * C
+    out = partials_ptr + tl.cast(tile, tl.int64) * C + channel
+    tl.store(out, shift, mask=channel_inside)
+    tl.store(out + size, mean, mask=channel_inside)
+    tl.store(out + 2 * size, squares, mask=channel_inside)
+    tl.store(partials_ptr + 3 * size + tile + 0 * channel, count, mask=channel == 0)
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""Convolutions in a row, each with what follows it: a batch normalisation in eval, a residual, an activation."""
+"""Convolutions in a row, each with what follows it: a batch normalisation in eval, a residual, an activation; or a batch
+normalisation in training and an activation, for which the convolution measures its result."""
 
 from __future__ import annotations
 
@@ -9,11 +10,15 @@ import torch
 
 from .._state import own
 from ..ops import conv, conv_transpose
+from ..ops.batch_norm import norm_measured
 from ..ops.conv import conv_joined, memory_formats
+from ..ops.conv_measured import conv_measured
 from .plan import Pattern, Value, named, run
 
 __all__ = ["PATTERNS", "applies_statistics", "normalized_dims"]
 
+_IN_TRAINING = Value("batch_norm", 0)
+"""A batch normalisation, of our own class, that applies other statistics than its running ones, or whose gradients are recorded."""
 
 _RECORDS = {
     "conv1d": (conv._conv1d, conv._conv1d_inference),
@@ -60,6 +65,11 @@ def _run_one(x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value], fo
     """A convolution with as many of the layers after it as the kernel takes, and then each of the others alone."""
     conv, input = layers[0], x
     arguments = conv._arguments(input, own(conv, "weight", type(conv)), own(conv, "bias", type(conv)))
+    if values[0].what == "conv2d" and len(values) > 1 and values[1] == _IN_TRAINING:
+        end = 3 if len(values) > 2 and values[2].role == "activation" else 2
+        y = named(layers[:end], _run_measured, arguments, layers[1], values[2].what if end == 3 else None, format)
+        if y is not None:
+            return run(layers[end:], y)
     for end in range(_longest(x, values), 0, -1):
         norm = residual = activation = None
         for layer, value in zip(layers[1:end], values[1:end], strict=True):
@@ -75,6 +85,30 @@ def _run_one(x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value], fo
         if y is not None:
             return run(layers[end:], y)
     raise AssertionError("a convolution alone is always computed")
+
+
+def _run_measured(arguments: Sequence[Any], norm: Any, activation: Any, format: bool | None) -> torch.Tensor | None:
+    """A convolution that measures its result, then a batch normalisation in training and the activation behind it. None, and
+    nothing is done, where the layers are to run one by one."""
+    mean, var = norm.running_mean, norm.running_var
+    if not (norm.training or (mean is None and var is None)):
+        return None
+    weight, bias = norm.weight, norm.bias
+    if mean is not None and any([p is not None and (p.shape != mean.shape or p.dtype != mean.dtype) for p in (weight, bias)]):
+        return None  # an error of torch's, which comes before the running statistics move
+    momentum, factor = norm.momentum, None
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    if momentum is None:
+        momentum, count = 0.0, norm.num_batches_tracked
+        if mean is not None and count is not None:
+            factor = 1.0 / (count + 1).to(torch.promote_types(mean.dtype, torch.float32))
+    found = conv_measured(arguments[:3], arguments[3:], format, (mean, var), factor, momentum, norm.eps)
+    if found is None:
+        return None
+    y, *statistics = found
+    norm._arguments(y)  # which counts the batch
+    return norm_measured(y, *statistics, weight, bias, norm.eps, activation)
 
 
 def _longest(x: torch.Tensor, values: Sequence[Value]) -> int:

@@ -260,6 +260,29 @@ class BatchNorm(Operation):
         )  # fmt: skip
 
 
+class BatchNormMeasured(BatchNorm):
+    """The same with the input's own statistics, `mean` and `rstd` (C,), which the convolution that wrote it has measured; it moved
+    the running ones, too. The gradients are those of `BatchNorm`: through the statistics, of which the input is what they are of."""
+
+    tensors = (*BatchNorm.tensors, "mean", "rstd")
+
+    def label(self, options: Any) -> str:
+        return "batch_norm"
+
+    def reference(self, *args: Any) -> Any:
+        *tensors, _mean, _rstd = args[: len(self.tensors)]
+        return super().reference(*tensors, *args[len(self.tensors) :])
+
+    def mutates(self, options: Any) -> tuple[str, ...]:
+        return ()
+
+    def outputs(self, t: Any, options: Any, needs: Needs | None) -> dict[str, Out | str]:
+        return {"output": self._image(t.input)}
+
+    def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
+        apply(t.input, t.mean, t.rstd, t.weight, t.bias, out.output, Planes.of(out.output), then=options.activation)
+
+
 class InstanceNorm(BatchNorm):
     """The same with statistics of each image alone, towards the averages of which the running ones move; and its result is
     contiguous."""
@@ -287,6 +310,7 @@ class InstanceNorm(BatchNorm):
 
 
 _group_norm, _batch_norm, _instance_norm = GroupNorm(), BatchNorm(), InstanceNorm()
+_batch_norm_measured = BatchNormMeasured()
 
 
 def _grouped(tensors: Sequence[Any], groups: int, eps: float, activation: Activation | None = None) -> Any:
@@ -400,3 +424,16 @@ def norm_joined(function: str, activation: Activation, *arguments: Any) -> torch
     op = _batch_norm if function == "batch_norm" else _instance_norm
     *tensors, measure, momentum, eps = arguments
     return _normalized(op, tensors, measure, momentum, eps, activation)
+
+
+def norm_measured(
+    input: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    activation: Activation | None,
+) -> torch.Tensor:
+    """batch_norm in training of an input whose statistics are known, and an activation behind it: see `conv_measured`."""
+    return _batch_norm_measured((input, None, None, weight, bias, None, mean, rstd), True, 0.0, eps, activation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -45,14 +46,14 @@ class Planes:
     """Whether the channels of a pixel lie next to each other: channels_last, or a single pixel an image."""
 
     @staticmethod
-    def of(t: torch.Tensor, groups: int | None = None) -> Planes:
-        """Of a tensor (N, C, *). In its memory format all others are read, by way of a copy if need be.
+    def of(t: Any, groups: int | None = None) -> Planes:
+        """Of a tensor (N, C, *), or the description of one. In its memory format all others are read, by way of a copy if need be.
 
         Args:
             groups: None for statistics over all images.
         """
         n, c, p = t.shape[0], t.shape[1], math.prod(t.shape[2:])
-        last = p == 1 or (c > 1 and t.stride(1) == 1)
+        last = p == 1 or (c > 1 and t.stride()[1] == 1)
         across = groups is None
         if across and last:
             n, p = 1, n * p

@@ -101,7 +101,7 @@ def _sum_taps(
 
 @triton.jit
 def _conv_box_kernel(
-    y_ptr, x, w, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, residual_ptr, z_ptr,
+    y_ptr, x, w, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, residual_ptr, z_ptr, partials_ptr,
     N, H, W, O, C, y_n, y_c, y_h, y_w, x_w, w_tap, pad_h, pad_w, A0: tl.float64, A1: tl.float64,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, INPUT_GRAD: tl.constexpr, EPS: tl.constexpr,
@@ -195,7 +195,14 @@ def _conv_box_kernel(
         accumulator, first_o + m, m < O, 0, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
         residual_ptr, z_ptr, offsets, inside, A0, A1, EPS, THEN,
     )  # fmt: skip
-    tl.store(y_ptr + offsets, accumulator.to(y_ptr.dtype.element_ty), mask=inside)
+    y = accumulator.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=inside)
+    if partials_ptr is not None:
+        boxes = tiles_n * tiles_h * tiles_w
+        box = tl.program_id(0) // tiles_m % boxes
+        channels = tl.num_programs(0) // (tiles_m * boxes) * O
+        hit = (n < N) & (h < H) & (v < W)
+        epilogues.measure(y, partials_ptr, box, boxes, channels, first_o + m, m < O, hit, 0)
 
 
 @triton.jit
@@ -352,21 +359,11 @@ def takes(y: torch.Tensor, w_shape: Sequence[int], precision: str) -> bool:
 
 
 def conv2d(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    geometry: Geometry,
-    *,
-    precision: str,
-    then: epilogues.Activation | None,
-    norm: epilogues.Norm | None,
-    residual: torch.Tensor | None,
-    z: torch.Tensor | None,
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, geometry: Geometry, **more: Any
 ) -> bool:
-    """As `gather.conv2d`. False, and nothing is done, where boxes can't compute it: for
-    example, an empty batch has no descriptor."""
-    if len(x) == 0 or not takes(y, w.shape, precision):
+    """As `gather.conv2d`, which says what there is `more`. False, and nothing is done, where boxes can't compute it: for example,
+    an empty batch has no descriptor."""
+    if len(x) == 0 or not takes(y, w.shape, more["precision"]):
         return False
     if _is_stem(x, w, geometry):
         o, _, r, s = w.shape
@@ -374,10 +371,7 @@ def conv2d(
         row = whole(s * pitch, 64)
         w = channels_last(w, pitch=pitch, size=(r, row // pitch)).as_strided((o, row, r, 1), (r * row, 1, row, row))
     x, geometry = _without_strides(x, w, geometry)
-    return _launch_box(
-        x, w, y, bias, geometry,
-        precision=precision, then=then, norm=norm, residual=residual, z=z, input_grad=False,
-    )  # fmt: skip
+    return _launch_box(x, w, y, bias, geometry, **more, input_grad=False)
 
 
 def conv2d_input_grad(
@@ -402,6 +396,7 @@ def _launch_box(
     residual: torch.Tensor | None,
     z: torch.Tensor | None,
     input_grad: bool,
+    partials: epilogues.Partials | None = None,
 ) -> bool:
     stride, groups = geometry.stride, geometry.groups
     n, _, h, v = y.shape
@@ -431,7 +426,7 @@ def _launch_box(
     function, options = epilogues.tile_function(then)
     launch.launch(
         _conv_box_kernel, tiles.cdiv(o, tile.m) * classes[0] * classes[1] * boxes * groups,
-        y, x_desc, w_desc, bias, *epilogues.tensors(norm), residual, z,
+        y, x_desc, w_desc, bias, *epilogues.tensors(norm), residual, z, partials and partials.empty(boxes, y),
         n, h, v, o, c, *y.stride(), x.stride(3), w_tap, *geometry.padding, *options,
         **geometry.constexprs((r, s)),
         STEP_H=geometry.step[0], STEP_W=geometry.step[1],

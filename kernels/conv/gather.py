@@ -45,7 +45,7 @@ def _valid_taps(inside, h, w, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl
 
 @triton.jit
 def _conv_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, residual_ptr, z_ptr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, residual_ptr, z_ptr, partials_ptr,
     PIXELS, C, H, W, O, OH, OW, x_n, x_c, x_h, x_w, w_o, w_c, w_r, w_s, y_n, y_c, y_h, y_w, pad_h, pad_w,
     A0: tl.float64, A1: tl.float64,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
@@ -121,7 +121,11 @@ def _conv_kernel(
         accumulator, first_o + o, o_inside, 1, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
         residual_ptr, z_ptr, offsets, inside, A0, A1, EPS, THEN,
     )  # fmt: skip
-    tl.store(y_ptr + offsets, accumulator.to(y_ptr.dtype.element_ty), mask=inside)
+    y = accumulator.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=inside)
+    if partials_ptr is not None:
+        channels = tl.num_programs(0) // (tiles_n * tiles_m) * O
+        epilogues.measure(y, partials_ptr, pid_m, tiles_m, channels, first_o + o, o_inside, m_inside, 1)
 
 
 @triton.jit
@@ -326,8 +330,10 @@ def conv2d(
     norm: epilogues.Norm | None = None,
     residual: torch.Tensor | None = None,
     z: torch.Tensor | None = None,
+    partials: epilogues.Partials | None = None,
 ) -> torch.Tensor:
-    """y = then(norm(conv(x, w) + bias) + residual), written into `y`, and what comes before `then` into `z`.
+    """y = then(norm(conv(x, w) + bias) + residual), written into `y`, and what comes before `then` into `z`; and what statistics
+    of y are merged from into `partials`, which a depthwise convolution hasn't.
 
     Shape: x (N, C, H, W), w (O, C/groups, R, S), bias (O,), y (N, O, OH, OW), all with any strides; residual and z as y,
         in strides too. y's size says how far the convolution goes below and to the right.
@@ -338,15 +344,17 @@ def conv2d(
     oh, ow = y.shape[2:]
     bias = None if bias is None else bias.contiguous()
     if depthwise.takes(w, geometry.groups):
+        assert partials is None
         return depthwise.conv2d(x, w, bias, y, geometry, then=then, norm=norm, residual=residual, z=z)
-    if norm is None and _is_pointwise(w, geometry):
+    if norm is None and partials is None and _is_pointwise(w, geometry):
         a, out = as_matrix(x), as_matrix(y)
         if a is not None and out is not None:
             add = None if residual is None else residual.as_strided(out.shape, out.stride())
             before = None if z is None else z.as_strided(out.shape, out.stride())
             matmul(a, w[:, :, 0, 0].T, bias=bias, add=add, then=then, z=before, out=out, precision=precision)
             return y
-    if boxes.conv2d(x, w, bias, y, geometry, precision=precision, then=then, norm=norm, residual=residual, z=z):
+    more: dict[str, Any] = dict(then=then, norm=norm, residual=residual, z=z)
+    if boxes.conv2d(x, w, bias, y, geometry, precision=precision, partials=partials, **more):
         return y
     pixels, o = n * oh * ow, o // geometry.groups
     accumulate = torch.promote_types(x.dtype, torch.float32)
@@ -356,9 +364,10 @@ def conv2d(
     vectors = not wide and one_tap and c % 64 == 0 and _channels_are_vectors(x, w)
     tile = picks.conv(pixels, o, x.dtype, precision, tiles.device(x.device), vectors=vectors)
     function, options = epilogues.tile_function(then)
+    tiles_m = tiles.cdiv(pixels, tile.m)
     launch.launch(
-        _conv_kernel, tiles.cdiv(pixels, tile.m) * tiles.cdiv(o, tile.n) * geometry.groups,
-        x, w, bias, y, *epilogues.tensors(norm), residual, z, pixels, c, height, width, o, oh, ow,
+        _conv_kernel, tiles_m * tiles.cdiv(o, tile.n) * geometry.groups,
+        x, w, bias, y, *epilogues.tensors(norm), residual, z, partials and partials.empty(tiles_m, y), pixels, c, height, width, o, oh, ow,
         *x.stride(), *w.stride(), *y.stride(), *geometry.padding, *options,
         **geometry.constexprs((r, s)),
         EPS=0.0 if norm is None else norm.eps, THEN=function,
