@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .matmul import tiles as picks
+from .matmul import turned
 from .matmul.matmul import _descriptor, _fits_a_descriptor, _place, _sum_products, _sum_tma_products, matmul
 from .reduce import activation_grad, divide, sum_losses, sum_partials
 from .runtime import launch, tiles
@@ -93,7 +94,8 @@ def _linear_cross_entropy_kernel(
     a_ptr, b_ptr, bias_ptr, target_ptr, weight_ptr, partials_ptr, hit_ptr, statistics_ptr, dy_ptr, total_ptr, out_ptr,
     M, N, K, SIZE, SLOTS, a_m, a_k, b_k, b_n, target_m, weight_n, dy_m, out_m, ignore_index: tl.int64,  # type: ignore[valid-type]
     ACC: tl.constexpr, LOWEST: tl.constexpr, GRADIENT: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, K_FITS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    WIDE: tl.constexpr, K_FITS: tl.constexpr, TURNED: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the logits a @ b + bias. GRADIENT: it writes their gradient; otherwise, the maximum and the sum of
     each row to partials, and the logits of those classes that are the row's."""
@@ -102,8 +104,8 @@ def _linear_cross_entropy_kernel(
         pid_m, pid_n = pid_m.to(tl.int64), pid_n.to(tl.int64)
     m = pid_m * TILE_M + tl.arange(0, TILE_M)
     n = pid_n * TILE_N + tl.arange(0, TILE_N)
-    x, _ = _sum_products(a_ptr, b_ptr, m, n, M, N, 0, K, a_m, a_k, b_k, b_n,
-                         False, ACC, PRECISION, WIDE, K_FITS, TILE_M, TILE_N, TILE_K)  # fmt: skip
+    x, _ = _sum_products(a_ptr, b_ptr, m, n, pid_n * TILE_N, M, N, 0, K, a_m, a_k, b_k, b_n,
+                         False, ACC, PRECISION, WIDE, K_FITS, TURNED, TILE_M, TILE_N, TILE_K)  # fmt: skip
     _finish(x, bias_ptr, target_ptr, weight_ptr, partials_ptr, hit_ptr, statistics_ptr, dy_ptr, total_ptr, out_ptr,
             pid_m * TILE_M, pid_n * TILE_N, M, N, SIZE, SLOTS, target_m, weight_n, dy_m, out_m, ignore_index,
             ACC, LOWEST, GRADIENT, HALVES, TILE_M, TILE_N)  # fmt: skip
@@ -195,7 +197,10 @@ def _launch_logits(
     statistics: Any = None, dy: Any = None, total: Any = None, out: Any = None,
 ) -> None:  # fmt: skip
     (m, k), n, tile = x.shape, w.shape[0], plan.tile
-    halves = _halves(tile)
+    turn = turned.pays(w.stride(1), w.stride(0), w.dtype, plan.precision, tiles.device(w.device))
+    turn = turn and not plan.descriptors and turned.has_room(tile)
+    tile = turned.with_warps(tile) if turn else tile
+    halves = _halves(plan.tile)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     sizes = (m, n, k, size, 0 if partials is None else partials.shape[1])
     strides = (target.stride(0), 0 if weight is None else weight.stride(0), 0 if dy is None else dy.stride(0), n)
@@ -219,7 +224,7 @@ def _launch_logits(
             _linear_cross_entropy_kernel, programs,
             x, w, bias, target, weight, partials, hit, statistics, some, total, out,
             *sizes, *x.stride(), w.stride(1), w.stride(0), *strides, ignore_index,
-            ACC=tiles.triton_dtype(accumulate), K_FITS=k % tile.k == 0, **meta,
+            ACC=tiles.triton_dtype(accumulate), K_FITS=k % tile.k == 0, TURNED=turn, **meta,
         )  # fmt: skip
 
 

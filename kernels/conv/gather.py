@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .. import epilogues
+from ..matmul import turned
 from ..matmul.matmul import matmul
 from ..reduce import sum_partials
 from ..runtime import launch, tiles
@@ -50,7 +51,7 @@ def _conv_kernel(
     A0: tl.float64, A1: tl.float64,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, EPS: tl.constexpr, THEN: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, ONE_TAP: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ONE_TAP: tl.constexpr, TURNED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of y of TILE_M output pixels by TILE_N channels of one group.
@@ -85,7 +86,12 @@ def _conv_kernel(
     if ONE_TAP:
         valid = _valid_taps(m_inside, h, w, H, W, R, S, DILATION_H, DILATION_W)
         x_row = x_pixel[:, None] + (k * x_c)[None, :]
-        w_column = (k * w_c)[:, None] + w_row[None, :]
+        if TURNED:
+            turned_k, turned_o = turned.places(TILE_K, TILE_N)
+            turned_o = pid_n * TILE_N + turned_o
+            w_column = turned_k.to(k.dtype) * w_c + (first_o + turned_o) * w_o
+        else:
+            w_column = (k * w_c)[:, None] + w_row[None, :]
         for step in range(0, C // TILE_K * (R * S)):
             tap = step % (R * S)
             c = step // (R * S) * TILE_K
@@ -96,7 +102,10 @@ def _conv_kernel(
             x_tap = x_ptr + (r * DILATION_H * x_h + s * DILATION_W * x_w + c * x_c)
             w_tap = w_ptr + (r * w_r + s * w_s + c * w_c)
             a = tl.load(x_tap + x_row, mask=((valid >> tap) & 1 != 0)[:, None], other=0.0)
-            b = tl.load(w_tap + w_column, mask=o_inside[None, :], other=0.0)
+            if TURNED:
+                b = turned.load(w_tap, w_column, turned_o < O, TILE_K, TILE_N)
+            else:
+                b = tl.load(w_tap + w_column, mask=o_inside[None, :], other=0.0)
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
     else:
         for start in range(0, R * S * C, TILE_K):
@@ -363,6 +372,10 @@ def conv2d(
     one_tap = r * s <= _TAPS
     vectors = not wide and one_tap and c % 64 == 0 and _channels_are_vectors(x, w)
     tile = picks.conv(pixels, o, x.dtype, precision, tiles.device(x.device), vectors=vectors)
+    one_tap = one_tap and c % tile.k == 0
+    turn = one_tap and turned.pays(w.stride(1), w.stride(0), w.dtype, precision, tiles.device(w.device))
+    turn = turn and turned.has_room(tile)
+    tile = turned.with_warps(tile) if turn else tile
     function, options = epilogues.tile_function(then)
     tiles_m = tiles.cdiv(pixels, tile.m)
     launch.launch(
@@ -371,7 +384,7 @@ def conv2d(
         *x.stride(), *w.stride(), *y.stride(), *geometry.padding, *options,
         **geometry.constexprs((r, s)),
         EPS=0.0 if norm is None else norm.eps, THEN=function,
-        ACC=tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, ONE_TAP=one_tap and c % tile.k == 0,
+        ACC=tiles.triton_dtype(accumulate), PRECISION=precision, WIDE=wide, ONE_TAP=one_tap, TURNED=turn,
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

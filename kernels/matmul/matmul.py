@@ -17,6 +17,7 @@ from .. import epilogues
 from ..reduce import activation_grad, sum_partials
 from ..runtime import launch, tiles
 from . import tiles as picks
+from . import turned
 
 
 @triton.jit
@@ -110,14 +111,18 @@ def _finish(
 
 @triton.jit
 def _sum_products(
-    a_ptr, b_ptr, m, n, M, N, begin, end, a_m, a_k, b_k, b_n,
+    a_ptr, b_ptr, m, n, first_n, M, N, begin, end, a_m, a_k, b_k, b_n,
     ROWS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, K_FITS: tl.constexpr,
+    TURNED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """a[m, begin:end] @ b[begin:end, n] and, with ROWS, the row sums of that part of a."""
+    """a[m, begin:end] @ b[begin:end, n] and, with ROWS, the row sums of that part of a. n begins at first_n."""
     k = tl.arange(0, TILE_K)
     if WIDE:
         k = k.to(tl.int64)
+    if TURNED:
+        turned_k, turned_n = turned.places(TILE_K, TILE_N)
+        turned_k, turned_n = turned_k.to(k.dtype), first_n + turned_n
     accumulator = tl.zeros((TILE_M, TILE_N), ACC)
     if ROWS and a_ptr.dtype.element_ty.primitive_bitwidth == 16:
         rows = tl.zeros((TILE_M, 16), ACC)
@@ -131,7 +136,11 @@ def _sum_products(
             a_inside = a_inside & k_inside[None, :]
             b_inside = b_inside & k_inside[:, None]
         a = tl.load(a_ptr + (m[:, None] * a_m + (start + k)[None, :] * a_k), mask=a_inside, other=0.0)
-        b = tl.load(b_ptr + ((start + k)[:, None] * b_k + n[None, :] * b_n), mask=b_inside, other=0.0)
+        if TURNED:
+            b_inside = (turned_n < N) & (turned_k < end - start)
+            b = turned.load(b_ptr, (start + turned_k) * b_k + turned_n * b_n, b_inside, TILE_K, TILE_N)
+        else:
+            b = tl.load(b_ptr + ((start + k)[:, None] * b_k + n[None, :] * b_n), mask=b_inside, other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
         if ROWS:
             if PRECISION == "tf32":
@@ -151,8 +160,8 @@ def _matmul_kernel(
     c_ptr, a_ptr, b_ptr, z_ptr, bias_ptr, other_ptr, sums_ptr, rows_ptr,
     M, N, K, a_m, a_k, b_k, b_n, c_m, c_n, other_m, other_n, k_per_split, A0: tl.float64, A1: tl.float64,
     THEN: tl.constexpr, UNDO: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, K_FITS: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, HALVES: tl.constexpr,
-    GROUP: tl.constexpr,
+    WIDE: tl.constexpr, K_FITS: tl.constexpr, TURNED: tl.constexpr, SHARED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HALVES: tl.constexpr, GROUP: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of c, over one share of K.
@@ -170,12 +179,12 @@ def _matmul_kernel(
     m = pid_m * TILE_M + tl.arange(0, TILE_M)
     n = pid_n * TILE_N + tl.arange(0, TILE_N)
     if rows_ptr is not None and pid_n == 0:
-        accumulator, rows = _sum_products(a_ptr, b_ptr, m, n, M, N, begin, end, a_m, a_k, b_k, b_n,
-                                          True, ACC, PRECISION, WIDE, K_FITS, TILE_M, TILE_N, TILE_K)  # fmt: skip
+        accumulator, rows = _sum_products(a_ptr, b_ptr, m, n, pid_n * TILE_N, M, N, begin, end, a_m, a_k, b_k, b_n,
+                                          True, ACC, PRECISION, WIDE, K_FITS, TURNED, TILE_M, TILE_N, TILE_K)  # fmt: skip
         _store_rows(rows, rows_ptr, split, pid_m * TILE_M, M, TILE_M)
     else:
-        accumulator, _ = _sum_products(a_ptr, b_ptr, m, n, M, N, begin, end, a_m, a_k, b_k, b_n,
-                                       False, ACC, PRECISION, WIDE, K_FITS, TILE_M, TILE_N, TILE_K)  # fmt: skip
+        accumulator, _ = _sum_products(a_ptr, b_ptr, m, n, pid_n * TILE_N, M, N, begin, end, a_m, a_k, b_k, b_n,
+                                       False, ACC, PRECISION, WIDE, K_FITS, TURNED, TILE_M, TILE_N, TILE_K)  # fmt: skip
     if SHARED:
         c_ptr += split.to(tl.int64) * M * N
     A = epilogues.options(A0, A1, ACC)
@@ -344,13 +353,14 @@ def matmul(
     undone, other = undo if undo is not None else (None, add)
     wide = launch.wide(a, b, out, other)
     adds_up = column_sums is not None or operand_sums is not None
+    turn = turned.pays(*b.stride(), b.dtype, precision, tiles.device(a.device))
     plan = picks.matmul(
         m, n, k, a.dtype, precision, tiles.device(a.device),
         vectors=not wide and launch.vectors(a) and launch.vectors(b),
         descriptors=_fits_a_descriptor(a) and _fits_a_descriptor(b),
         plain=other is None and z is None and not adds_up and out.dtype == a.dtype and out.stride(1) == 1
         and _fits_a_descriptor(out),
-        wide=wide, column_sums=column_sums is not None, operand_sums=operand_sums is not None,
+        wide=wide, column_sums=column_sums is not None, operand_sums=operand_sums is not None, turned=turn,
     )  # fmt: skip
     if plan.specialized:
         from .experimental import specialized  # imported here, because nothing else needs Gluon
@@ -358,6 +368,8 @@ def matmul(
         specialized.matmul(a, b, out, plan, bias=bias, then=then)
         return out
     tile, splits = plan.tile, plan.splits
+    turn = turn and not plan.descriptors and turned.has_room(tile)
+    tile = turned.with_warps(tile) if turn else tile
     if operand_sums is not None and plan.descriptors and plan.precision == "tf32" and a.stride(1) == 1:
         # The product would read tiles of a from the buffers that threads read to sum its rows: see _sum_products. Where rows
         # of a aren't contiguous, both read registers.
@@ -401,7 +413,7 @@ def matmul(
     else:
         launch.launch(
             _matmul_kernel, count * splits, c, a, b, *pointers, m, n, k, *a.stride(), *b.stride(), *sizes,
-            ACC=tiles.triton_dtype(accumulate), K_FITS=k % tile.k == 0, **meta,
+            ACC=tiles.triton_dtype(accumulate), K_FITS=k % tile.k == 0, TURNED=turn, **meta,
         )  # fmt: skip
 
     if splits > 1:

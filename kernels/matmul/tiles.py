@@ -183,15 +183,26 @@ def products(architecture: str) -> dict[tuple[str, str], Tile]:
     return _PRODUCT | _PRODUCT_ON.get(architecture, {})
 
 
-def product_rows(dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool) -> Iterator[Tile]:
+def product_rows(
+    dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool, turned: bool = False
+) -> Iterator[Tile]:
     """All tiles that `product` may pick, whatever the sizes."""
-    sizes = (*(("large",) if light else ()), "medium", "small", "skinny") if vectors else ("gather",)
+    sizes = (*(("large",) if light and not turned else ()), "medium", "small", "skinny") if vectors else ("gather",)
     for size in sizes:
         yield products(device.architecture)[arithmetic(dtype, precision), size]
 
 
 def product(
-    m: int, n: int, k: int, dtype: torch.dtype, precision: str, device: Device, *, vectors: bool, light: bool
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    *,
+    vectors: bool,
+    light: bool,
+    turned: bool = False,
 ) -> Tile:
     """The largest tile that compiles without spills and gives at least three quarters of the multiprocessors a program.
 
@@ -199,6 +210,7 @@ def product(
         vectors: both operands can be loaded 128 bits at a time. Element by element, or with offsets of 64 bits, the
             addresses alone fill the registers of all but small tiles.
         light: the epilogue needs few registers, so that the large tile compiles without spills, and K may be shared out.
+        turned: tiles of b are turned (turned.py), for which the large tile has no registers.
     """
     kind = arithmetic(dtype, precision)
     tiles = products(device.architecture)
@@ -206,7 +218,7 @@ def product(
         return tiles[kind, "gather"]
     if m <= 16 and n >= 64:
         return tiles[kind, "skinny"]
-    for size in ("large", "medium") if light else ("medium",):
+    for size in ("large", "medium") if light and not turned else ("medium",):
         tile = tiles[kind, size]
         if 2 * m <= tile.m or 2 * n <= tile.n:
             continue  # half of the tile would lie outside of the matrix
@@ -239,6 +251,7 @@ def matmul(
     wide: bool = False,
     column_sums: bool = False,
     operand_sums: bool = False,
+    turned: bool = False,
 ) -> Product:
     """How (m, k) @ (k, n) runs.
 
@@ -249,6 +262,7 @@ def matmul(
         wide: offsets need 64 bits, for which a persistent program has no registers.
         column_sums: the epilogue adds up columns of c, so K can't be shared out and c not be transposed.
         operand_sums: the first column of tiles adds up rows of a, so c can't be transposed.
+        turned: tiles of b are turned, where they are loaded through pointers.
     """
     if dtype != torch.float32:
         precision = "ieee"  # it concerns float32 alone, and one value for all others saves compiling a kernel twice
@@ -264,7 +278,7 @@ def matmul(
     picked: Product | None = ask("matmul", rows)
     if picked is not None:
         return picked
-    tile = ask("product", lambda: product_rows(dtype, precision, device, vectors=vectors, light=light))
+    tile = ask("product", lambda: product_rows(dtype, precision, device, vectors=vectors, light=light, turned=turned))
     if tile is None and device.architecture == "interpreter":
         return Product(INTERPRETER, precision)
     if tile is None and descriptors:
@@ -272,7 +286,7 @@ def matmul(
         if picked is not None:
             return picked
     if tile is None:
-        tile = product(m, n, k, dtype, precision, device, vectors=vectors, light=light)
+        tile = product(m, n, k, dtype, precision, device, vectors=vectors, light=light, turned=turned)
     splits = 1 if column_sums else shares(cdiv(m, tile.m) * cdiv(n, tile.n), cdiv(k, tile.k), device)
     return Product(tile, precision, splits)
 
