@@ -261,7 +261,7 @@ class BatchNorm(Operation):
 
 
 class BatchNormMeasured(BatchNorm):
-    """The same with the input's own statistics, `mean` and `rstd` (C,), measured by the convolution that wrote it, which moved the
+    """The same with the input's own statistics, `mean` and `rstd` (C,), from the convolution that wrote it, which moved the
     running ones, too. The gradients are those of `BatchNorm`: what passes through the statistics is a part of the input's."""
 
     tensors = (*BatchNorm.tensors, "mean", "rstd")

@@ -26,6 +26,8 @@ if TYPE_CHECKING or _kernels.MISSING is None:
     from ..kernels.conv import depthwise
     from ..kernels.epilogues import Partials
 
+__all__: list[str] = []  # there is no function of torch's that it is
+
 
 class Conv2dMeasured(Conv2d):
     """Also running_mean and running_var (O,), or None -> also mean and rstd (O,): statistics of the rounded result over the
