@@ -84,9 +84,7 @@ def test_as_torch(way: str, layer: str, channels_last: bool, device: torch.devic
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_with_float32_weights(
-    dtype: torch.dtype, way: str, device: torch.device, launched: list[str]
-) -> None:
+def test_16_bits_with_float32_weights(dtype: torch.dtype, way: str, device: torch.device, launched: list[str]) -> None:
     """The statistics are those of the rounded result, as torch's."""
     ours, theirs = pair(model("three"), device)
     for network in (ours, theirs):

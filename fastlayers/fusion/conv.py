@@ -18,7 +18,7 @@ from .plan import Pattern, Value, named, run
 __all__ = ["PATTERNS", "applies_statistics", "normalized_dims"]
 
 _IN_TRAINING = Value("batch_norm", 0)
-"""A batch normalisation, of our own class, that applies other statistics than its running ones, or whose gradients are recorded."""
+"""A batch normalisation of our own class that is in training, or whose gradients are recorded."""
 
 _RECORDS = {
     "conv1d": (conv._conv1d, conv._conv1d_inference),
@@ -94,7 +94,8 @@ def _run_measured(arguments: Sequence[Any], norm: Any, activation: Any, format: 
     if not (norm.training or (mean is None and var is None)):
         return None
     weight, bias = norm.weight, norm.bias
-    if mean is not None and any([p is not None and (p.shape != mean.shape or p.dtype != mean.dtype) for p in (weight, bias)]):
+    given = [p for p in (weight, bias) if p is not None]
+    if mean is not None and any([p.shape != mean.shape or p.dtype != mean.dtype for p in given]):
         return None  # an error of torch's, which comes before the running statistics move
     momentum, factor = norm.momentum, None
     if norm.training and not norm.track_running_stats:

@@ -261,8 +261,8 @@ class BatchNorm(Operation):
 
 
 class BatchNormMeasured(BatchNorm):
-    """The same with the input's own statistics, `mean` and `rstd` (C,), which the convolution that wrote it has measured; it moved
-    the running ones, too. The gradients are those of `BatchNorm`: through the statistics, of which the input is what they are of."""
+    """The same with the input's own statistics, `mean` and `rstd` (C,), from the convolution that wrote it, which moved the
+    running ones, too. The gradients are those of `BatchNorm`: what passes through the statistics is a part of the input's."""
 
     tensors = (*BatchNorm.tensors, "mean", "rstd")
 

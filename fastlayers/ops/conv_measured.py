@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .. import _kernels
 from .._torch import any_autocast
 from ..dispatch import autocast
 from ..dispatch.support import BadInput, wants_grad
 from ..kernels.conv.geometry import Geometry
-from ..operation import Operation
 from ..values import Named, Needs, Out
 from .activation import Activation
 from .conv import Conv2d, _options
@@ -26,10 +26,12 @@ if TYPE_CHECKING or _kernels.MISSING is None:
     from ..kernels.conv import depthwise
     from ..kernels.epilogues import Partials
 
+__all__: list[str] = []  # there is no function of torch's that it is
+
 
 class Conv2dMeasured(Conv2d):
-    """Also running_mean and running_var (O,), or None -> also mean and rstd (O,), statistics of the rounded result over the batch,
-    towards which the running ones move. `factor`, one number or None, stands for a momentum that is a tensor."""
+    """Also running_mean and running_var (O,), or None -> also mean and rstd (O,): statistics of the rounded result over the
+    batch, towards which the running ones move. `factor`, one number or None, stands for a momentum that is a tensor."""
 
     tensors = (*Conv2d.tensors, "running_mean", "running_var", "factor")
     floats = cast = Conv2d.tensors
@@ -107,15 +109,14 @@ def conv_measured(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """conv2d of input, weight and bias; mean and 1 / sqrt(var + eps) of each channel of the result. None, and nothing is done,
-    where the kernels don't measure it.
+    where the kernels don't measure it, and inside of torch.compile.
 
     Args:
         sizes: the function's arguments after the tensors.
         channels_last: the result's memory format, where it isn't torch's choice.
         running: mean and variance, which move by `momentum`, or by `factor`.
     """
-    op: Operation = _conv2d_measured
-    if not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)):
+    if is_dynamo_compiling() or not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)):
         return None
     options = _options(_conv2d_measured, tensors[1], tuple(sizes), (None, channels_last, float(momentum), float(eps)))
-    return None if options is None else op.run((*tensors, *running, factor), options, joined=True)
+    return None if options is None else _conv2d_measured.run((*tensors, *running, factor), options, joined=True)

@@ -47,7 +47,7 @@ class Planes:
 
     @staticmethod
     def of(t: Any, groups: int | None = None) -> Planes:
-        """Of a tensor (N, C, *), or the description of one. In its memory format all others are read, by way of a copy if need be.
+        """Of a tensor (N, C, *), or of what is described. In its memory format all others are read, by way of a copy if need be.
 
         Args:
             groups: None for statistics over all images.

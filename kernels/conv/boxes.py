@@ -413,7 +413,8 @@ def _launch_box(
     reach = math.gcd(c, x.shape[1]) if groups > 1 else x.shape[1] if phases[1] > 1 else None
     tile, (images, rows_h, rows_w) = picks.conv_box(
         o, c, (n, -(-h // classes[0]), -(-v // classes[1])), groups * classes[0] * classes[1], reach, x.dtype, precision,
-        tiles.device(x.device), crowded=wide or members > 1 or ((residual, z) != (None, None) and y.stride(1) != 1),
+        tiles.device(x.device),
+        crowded=wide or members > 1 or partials is not None or ((residual, z) != (None, None) and y.stride(1) != 1),
     )  # fmt: skip
     x_desc = _descriptor(x, [images, rows_h, rows_w, tile.k], phases)
     # The last step over the channels of a tap reads beyond them, where there must be zeros.

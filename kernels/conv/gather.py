@@ -380,7 +380,8 @@ def conv2d(
     tiles_m = tiles.cdiv(pixels, tile.m)
     launch.launch(
         _conv_kernel, tiles_m * tiles.cdiv(o, tile.n) * geometry.groups,
-        x, w, bias, y, *epilogues.tensors(norm), residual, z, partials and partials.empty(tiles_m, y), pixels, c, height, width, o, oh, ow,
+        x, w, bias, y, *epilogues.tensors(norm), residual, z, partials and partials.empty(tiles_m, y),
+        pixels, c, height, width, o, oh, ow,
         *x.stride(), *w.stride(), *y.stride(), *geometry.padding, *options,
         **geometry.constexprs((r, s)),
         EPS=0.0 if norm is None else norm.eps, THEN=function,

@@ -129,8 +129,8 @@ def conv_box(
 
     Args:
         reach: a step of the sum must divide this number of channels, because those after them belong elsewhere; or None.
-        crowded: the epilogue needs offsets of 64 bits, a residual in NCHW, or a second sum, for which the large tile has no
-            registers.
+        crowded: the epilogue needs offsets of 64 bits, a residual in NCHW, a second sum, or to measure the result, for which the
+            large tile has no registers.
     """
     kind, tiles = arithmetic(dtype, precision), box_tiles(device.architecture)
     large = () if crowded else ("large",)
