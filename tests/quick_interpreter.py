@@ -66,8 +66,10 @@ class _Patches:
     def _found(self, function: Any) -> list[tuple[Any, str, Any, Any]]:
         scope = self.patch_lang(function)
         missing = interpreter._MISSING
-        changes = [(o, n, _MISSING if before is missing else before) for o, n, before in scope._changes]
-        return [(o, n, before, getattr(o, n)) for o, n, before in changes]
+        first: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # some are patched twice
+        for owner, name, before in scope._changes:
+            first.setdefault((id(owner), name), (owner, name, _MISSING if before is missing else before))
+        return [(owner, name, before, getattr(owner, name)) for owner, name, before in first.values()]
 
     def restore(self) -> None:
         """What the interpreter calls at the end of a launch."""

@@ -139,6 +139,14 @@ def test_the_language_is_patched_while_kernels_run_only():
         assert before == {module: dict(vars(module)) for module in before}
 
 
+def test_the_language_is_looked_through_once(monkeypatch: pytest.MonkeyPatch):
+    patches, found = interpreter._patch_lang.__self__, []
+    for _ in range(3):
+        _launch.launch(_nested_kernel, 1, torch.arange(8.0), torch.empty(8), SIZE=8)
+        monkeypatch.setattr(patches, "patch_lang", found.append)
+    assert not found
+
+
 def test_what_a_test_replaces_is_seen(monkeypatch: pytest.MonkeyPatch):
     x, y = torch.arange(8.0), torch.empty(8)
     _launch.launch(_nested_kernel, 1, x, y, SIZE=8)

@@ -106,8 +106,11 @@ def test_forgets_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch, dev
         assert len(replayable.signatures) <= 5
 
 
-def test_more_kinds_than_are_remembered_take_turns(device: torch.device, plays: list[None]) -> None:
+def test_more_kinds_than_are_remembered_take_turns(
+    device: torch.device, plays: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A few too many must not drive out each other; and what was driven out is not counted."""
+    monkeypatch.setattr(_replay, "PER_BUCKET", 16)  # `plays` makes it a thousand
     replayable = _replay.Replayable(lambda ts: (double(ts[1]),))
     first = torch.randn(3, device=device)
     others = [torch.randn(n, device=device) for n in range(1, _replay.PER_BUCKET + 4)]
