@@ -196,10 +196,9 @@ def _launch_logits(
     weight: torch.Tensor | None, *, size: int, ignore_index: int, partials: Any = None, hit: Any = None,
     statistics: Any = None, dy: Any = None, total: Any = None, out: Any = None,
 ) -> None:  # fmt: skip
-    (m, k), n, tile = x.shape, w.shape[0], plan.tile
+    (m, k), n = x.shape, w.shape[0]
     turn = turned.pays(w.stride(1), w.stride(0), w.dtype, plan.precision, tiles.device(w.device))
-    turn = turn and not plan.descriptors and turned.has_room(tile)
-    tile = turned.with_warps(tile) if turn else tile
+    tile, turn = turned.fit(plan.tile, turn and not plan.descriptors)
     halves = _halves(plan.tile)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     sizes = (m, n, k, size, 0 if partials is None else partials.shape[1])

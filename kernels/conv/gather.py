@@ -374,8 +374,7 @@ def conv2d(
     tile = picks.conv(pixels, o, x.dtype, precision, tiles.device(x.device), vectors=vectors)
     one_tap = one_tap and c % tile.k == 0
     turn = one_tap and turned.pays(w.stride(1), w.stride(0), w.dtype, precision, tiles.device(w.device))
-    turn = turn and turned.has_room(tile)
-    tile = turned.with_warps(tile) if turn else tile
+    tile, turn = turned.fit(tile, turn)
     function, options = epilogues.tile_function(then)
     tiles_m = tiles.cdiv(pixels, tile.m)
     launch.launch(

@@ -367,9 +367,7 @@ def matmul(
 
         specialized.matmul(a, b, out, plan, bias=bias, then=then)
         return out
-    tile, splits = plan.tile, plan.splits
-    turn = turn and not plan.descriptors and turned.has_room(tile)
-    tile = turned.with_warps(tile) if turn else tile
+    (tile, turn), splits = turned.fit(plan.tile, turn and not plan.descriptors), plan.splits
     if operand_sums is not None and plan.descriptors and plan.precision == "tf32" and a.stride(1) == 1:
         # The product would read tiles of a from the buffers that threads read to sum its rows: see _sum_products. Where rows
         # of a aren't contiguous, both read registers.

@@ -25,14 +25,11 @@ def pays(b_k: int, b_n: int, dtype: torch.dtype, precision: str, device: Device)
     return strict and b_k == 1 and b_n != 1
 
 
-def has_room(tile: Tile) -> bool:
-    """Whether a thread has registers for the addresses of single elements: not beside 64 sums."""
-    return tile.m * tile.n <= 32 * 32 * tile.warps
-
-
-def with_warps(tile: Tile) -> Tile:
-    """The tile with so many warps that nothing spills: 32 sums in each thread of only four warps leave too few registers."""
-    return replace(tile, warps=8) if tile.m * tile.n == 32 * 32 * 4 and tile.warps == 4 else tile
+def fit(tile: Tile, turn: bool) -> tuple[Tile, bool]:
+    """The tile with which a product runs, and whether it turns tiles of b, if it should: beside 64 sums a thread has no registers
+    for the addresses of single elements, and beside 32 only where there are eight warps."""
+    turn = turn and tile.m * tile.n <= 32 * 32 * tile.warps
+    return (replace(tile, warps=8) if turn and tile.m * tile.n == 32 * 32 * 4 and tile.warps == 4 else tile), turn
 
 
 @triton.jit
