@@ -51,9 +51,10 @@ def test_equality_of_types():
         assert (a == b) == plain(a, b)
 
 
-@pytest.mark.parametrize(
-    "shape", [[4], [2, 1], (8, 2, 1), [core.constexpr(4)], core.tuple([2, 4]), [3], [], [2.0], [2**30]]
-)
+SHAPES = [[4], [2, 1], (8, 2, 1), [core.constexpr(4)], core.tuple([2, 4]), [3], [], [2.0], [2**30]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))  # of a tuple of Triton's pytest makes no name
 def test_types_of_blocks(shape: Any):
     plain = core.block_type.__init__.__wrapped__
     for _, type in itertools.product(range(2), (tl.float32, tl.bfloat16, *POINTERS)):
