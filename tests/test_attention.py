@@ -217,9 +217,9 @@ def test_dropout(device: torch.device) -> None:
     assert 0.4 < kept.float().mean() < 0.6
     right = ours.eval()(x, x, x, average_attn_weights=False)[1]
     torch.testing.assert_close(weights[kept], 2 * right[kept])
-    many = torch.stack([ours.train()(x, x, x, need_weights=False)[0] for _ in range(60)])
+    many = torch.stack([ours.train()(x, x, x, need_weights=False)[0] for _ in range(10)])
     assert not torch.equal(many[0], many[1])
-    assert (many.mean(0) - plain[0]).abs().mean() < 0.5 * (many[0] - plain[0]).abs().mean()
+    assert (many.mean(0) - plain[0]).abs().mean() < 0.6 * (many[0] - plain[0]).abs().mean()  # 0.32 to be expected
 
 
 def test_out_proj_is_read_and_never_called(device: torch.device) -> None:
@@ -286,6 +286,7 @@ def test_what_is_no_plain_case_is_torchs(device: torch.device) -> None:
     assert meta[0].is_meta
 
 
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own
 @pytest.mark.parametrize("eval", [False, True])
 def test_compiles_whole(eval: bool, device: torch.device) -> None:
     ours, theirs = layers(device, 8, 2, batch_first=True)

@@ -118,7 +118,8 @@ def test_function(info: Any, dtype: torch.dtype, device: torch.device) -> None:
                 assert_within_budget(a, b, c, f"{info.full_name} {layout} {sample}", scale)
             assert mine[0].stride() == y.stride() or y.numel() == 0  # there torch's choice differs between devices
             if isinstance(result, tuple):
-                torch.testing.assert_close(row.of(ours)[1:], result[1:], rtol=0, atol=0)
+                rounded = result[1] is not None and result[1].is_floating_point()  # attention's weights, not indices
+                torch.testing.assert_close(row.of(ours)[1:], result[1:], **({} if rounded else dict(rtol=0, atol=0)))
     assert min(count.values()) == len(every)
 
 
