@@ -30,6 +30,7 @@ _FAMILIES = [
         "dropout",
         "recurrent",
         "attention",
+        "transformer",
         "container",
     )
 ]

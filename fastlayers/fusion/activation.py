@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from ..ops.activation import Activation, _pointwise
+from .. import _torch_functional as F
+from .. import functional
+from ..ops.activation import CALLS, Activation, _pointwise
 from .plan import Role, register_role
 
 
@@ -24,3 +28,14 @@ class Applied(NamedTuple):
 
 
 register_role(Applied, Role("activation", of=lambda call: call.activation if call.activation.joins else None))
+
+
+def called(function: Any) -> Any:
+    """What stands in a row for a module or a function that the model calls with one tensor: an activation's value for torch's
+    functions and ours, otherwise the very thing."""
+    if is_dynamo_compiling() or not isinstance(function, types.FunctionType | types.BuiltinFunctionType):
+        return function
+    name = function.__name__
+    if name not in ("relu", "gelu") or function not in (getattr(F, name), getattr(functional, name)):
+        return function
+    return Applied(CALLS[name]())
