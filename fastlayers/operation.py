@@ -129,9 +129,10 @@ class Operation:
         """Names of the tensors and outputs that the gradients which `needs` asks for are computed from."""
         raise NotImplementedError
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         """What the backward writes: for each tensor, given as a description, its gradient's description if it is needed, or the
-        index of another tensor whose gradient is the same."""
+        index of another tensor whose gradient is the same. Or the name of the one result whose gradient it is, as the terms of
+        a sum have: of records that aren't `compiled`."""
         flat = (*like[:-1], *like[-1]) if self.variadic else like
         return tuple([Out(o.shape, o.dtype) if need else None for o, need in zip(flat, needs, strict=True)])
 
@@ -241,6 +242,7 @@ class Operation:
         specs = self.gradients(self.named(plan.like), plan.options, needs)
         grads = [o.empty(device) if isinstance(o, Out) else None for o in specs]
         grads = [grads[o] if isinstance(o, int) else g for o, g in zip(specs, grads, strict=True)]
+        grads = [dy[o] if isinstance(o, str) else g for o, g in zip(specs, grads, strict=True)]
         self.backward(self.named(grads), dy, saved, plan.options, precision)
         return tuple(grads)
 

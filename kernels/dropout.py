@@ -68,13 +68,22 @@ def _chunk_words(seed, call, thread, VEC: tl.constexpr, TILE: tl.constexpr):
     return tl.reshape(words, (TILE,))
 
 
+@triton.jit
+def _add(x, factor, residual_ptr, i, mask, OUT: tl.constexpr):
+    """x * factor + residual, rounded twice as torch's dropout and sum are. A product written `x * factor` would be joined with
+    the sum into an fma, which rounds once; an fma of its own, with 0, isn't."""
+    y = tl.fma(x, factor, tl.zeros_like(factor)).to(OUT).to(x.dtype)
+    return y + tl.load(residual_ptr + i, mask=mask).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["seed", "offset", "threshold"])
 def _dropout_chunks_kernel(
-    x_ptr, y_ptr, draw_ptr, SIZE, THREADS,
+    x_ptr, residual_ptr, y_ptr, draw_ptr, SIZE, THREADS,
     seed: tl.int64, offset: tl.int64, threshold: tl.int64, SCALE: tl.float64,
     ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNKS chunks of VEC elements of y = x * SCALE, or x * 0 where dropped: there NaN and infinities give NaN."""
+    """One program: CHUNKS chunks of VEC elements of y = x * SCALE, or x * 0 where dropped: there NaN and infinities give NaN. A
+    residual is added to y."""
     TILE: tl.constexpr = CHUNKS * VEC
     SIZE = SIZE // VEC * VEC  # itself, which says that no chunk is cut; else each element would be an access of its own
     chunk = tl.program_id(0)
@@ -87,18 +96,22 @@ def _dropout_chunks_kernel(
     words = _chunk_words(seed, call + turn * ((VEC + 3) // 4), thread, VEC, TILE)
     i = chunk * VEC + tl.arange(0, TILE)
     x = tl.load(x_ptr + i, mask=i < SIZE).to(ACC)
-    y = x * tl.where(words < threshold.to(tl.uint32), tl.full((), SCALE, ACC), 0.0)
+    factor = tl.where(words < threshold.to(tl.uint32), tl.full((), SCALE, ACC), 0.0)
+    if residual_ptr is not None:
+        y = _add(x, factor, residual_ptr, i, i < SIZE, y_ptr.dtype.element_ty)
+    else:
+        y = x * factor
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < SIZE)
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "threshold"])
 def _dropout_lanes_kernel(
-    y_ptr, x_ptr, draw_ptr, SIZE, THREADS,
+    y_ptr, x_ptr, residual_ptr, draw_ptr, SIZE, THREADS,
     seed: tl.int64, offset: tl.int64, threshold: tl.int64, SCALE: tl.float64, KEPT: tl.float64, DROPPED: tl.float64,
     SHIFTED: tl.constexpr, LANES: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program: what TILE of torch's threads do in one turn, y = x * SCALE or x * 0 where dropped, and KEPT or DROPPED added.
-    Without x it is 1."""
+    """One program: what TILE of torch's threads do in one turn, y = x * SCALE or x * 0 where dropped, and KEPT or DROPPED added,
+    or a residual. Without x it is 1."""
     tiles_n = tl.cdiv(THREADS, TILE)
     turn = tl.program_id(0) // tiles_n
     thread = tl.program_id(0) % tiles_n * TILE + tl.arange(0, TILE)
@@ -115,7 +128,9 @@ def _dropout_lanes_kernel(
         i = (turn * LANES + lane) * THREADS + thread
         mask = (thread < THREADS) & (i < SIZE)
         y = tl.where(keep, tl.full((), SCALE, ACC), 0.0)
-        if x_ptr is not None:
+        if residual_ptr is not None:
+            y = _add(tl.load(x_ptr + i, mask=mask).to(ACC), y, residual_ptr, i, mask, y_ptr.dtype.element_ty)
+        elif x_ptr is not None:
             y = tl.load(x_ptr + i, mask=mask).to(ACC) * y
         if SHIFTED:
             y += tl.where(keep, tl.full((), KEPT, ACC), tl.full((), DROPPED, ACC))
@@ -247,10 +262,11 @@ def dropout_chunks(
     scale: float,
     vector: int,
     in_memory: bool | None = None,
+    residual: torch.Tensor | None = None,
 ) -> None:
-    """out = x * scale or x * 0, as torch.nn.functional.dropout draws it for chunks of `vector` elements.
+    """out = x * scale or x * 0, as torch.nn.functional.dropout draws it for chunks of `vector` elements; and a residual added.
 
-    Shape: both the same, any strides; quickest if `out` is dense and x has its strides.
+    Shape: all the same, any strides; quickest if `out` is dense and the others have its strides.
     Dtype: floating, the same; draw int64 (2,).
 
     Args:
@@ -258,12 +274,13 @@ def dropout_chunks(
     """
     dense = _in_order(out)
     x = pointwise._laid_out_as(dense, x)
+    residual = None if residual is None else pointwise._laid_out_as(dense, residual)
     size, tile = out.numel(), tiles.ask("dropout", lambda: (_CHUNKS,)) or _CHUNKS
     accumulate = _accumulate(out)
     pointer, seed, offset = _drawn(draw, in_memory)
     launch.launch(
         _dropout_chunks_kernel, cdiv(size, tile.n * vector),
-        x, dense, pointer, size, threads(size, out.device),
+        x, residual, dense, pointer, size, threads(size, out.device),
         seed, offset, threshold(p, 32, accumulate == torch.float64), scale,
         ACC=tiles.triton_dtype(accumulate), WIDE=size >= 2**31, VEC=vector, CHUNKS=tile.n, num_warps=tile.warps,
     )  # fmt: skip
@@ -279,10 +296,12 @@ def dropout_lanes(
     lanes: int,
     logical: bool = False,
     in_memory: bool | None = None,
+    residual: torch.Tensor | None = None,
 ) -> None:
-    """out = x * scale + kept, or x * 0 + dropped, as torch draws it for single elements. Without x it is 1.
+    """out = x * scale + kept, or x * 0 + dropped, as torch draws it for single elements. Without x it is 1. A residual is added
+    where there is an x, and nothing else is.
 
-    Shape: both the same, any strides; quickest if `out` is dense and x has its strides.
+    Shape: all the same, any strides; quickest if `out` is dense and the others have its strides.
     Dtype: floating, the same; draw int64 (2,).
 
     Args:
@@ -293,12 +312,13 @@ def dropout_lanes(
     """
     dense = _in_order(out, logical)
     x = None if x is None else pointwise._laid_out_as(dense, x)
+    residual = None if residual is None else pointwise._laid_out_as(dense, residual)
     size, tile = out.numel(), tiles.ask("dropout_lanes", lambda: (_LANES,)) or _LANES
     accumulate, count = _accumulate(out), threads(size, out.device)
     pointer, seed, offset = _drawn(draw, in_memory)
     launch.launch(
         _dropout_lanes_kernel, cdiv(size, count * lanes) * cdiv(count, tile.n),
-        dense, x, pointer, size, count,
+        dense, x, residual, pointer, size, count,
         seed, offset, threshold(p, 53 if lanes == 2 else 32, accumulate == torch.float64), *numbers,
         SHIFTED=numbers[1:] != (0.0, 0.0), LANES=lanes, ACC=tiles.triton_dtype(accumulate),
         WIDE=size >= 2**31, TILE=tile.n, num_warps=tile.warps,

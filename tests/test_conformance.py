@@ -40,7 +40,7 @@ import fastlayers
 from fastlayers.catalog import ROWS
 from fastlayers.testing import assert_within_budget, neighbours
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")]  # of TransformerEncoder
 
 
 def test_the_databases_have_us() -> None:

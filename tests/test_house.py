@@ -55,6 +55,8 @@ MAY = {
         "ops.averaging",
         "ops.conv",
         "ops.recurrent_cells",
+        "ops.dropout",
+        "ops.norm",
     },
     "ops.multi_head_attention": {
         "dispatch",
@@ -70,6 +72,7 @@ MAY = {
     "modules.activation": {"functional", "_state", "ops.multi_head_attention"},
     "modules.rnn": {"ops.recurrent", "ops.recurrent_cells"},  # which torch.nn.functional doesn't have
     "modules.container": {"fusion.plan", "_state"},
+    "modules.transformer": {"dispatch.support", "fusion.activation", "fusion.plan", "modules"},
     "_namespace": set(),
     "nn": {"functional", "modules", "_namespace"},
     "fusion": {"fusion", "ops", "dispatch", "functional", "_state", "_originals", "_torch", "_torch_functional"},

@@ -60,7 +60,7 @@ def run(models: tuple[nn.Module, nn.Module], *inputs: torch.Tensor, **kwargs: An
 
 @pytest.mark.filterwarnings("ignore")  # nested tensors are a prototype, says torch
 def test_transformer(device: torch.device) -> None:
-    """In training; in eval, where torch's encoder reads the weights of its layers itself; with masks and without."""
+    """In training; in eval, where torch's encoder makes nested tensors of padded sequences; with masks and without."""
     model = nn.Transformer(16, 2, 2, 1, 24, dropout=0.1, batch_first=True)
     for m in model.modules():
         if isinstance(m, nn.MultiheadAttention):
@@ -71,7 +71,7 @@ def test_transformer(device: torch.device) -> None:
     run(models, source, target)
     run(models, source, target, tgt_mask=mask)
     taken = paths_taken(models[0], source, target)
-    assert taken["encoder.layers.0.linear1"] == taken["decoder.layers.0.linear2"] == "triton"
+    assert taken["encoder.layers.0.linear1 + relu"] == taken["decoder.layers.0.linear2"] == "triton"
     assert taken["encoder.layers.0.self_attn"] == taken["decoder.layers.0.multihead_attn"] == "triton"
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2], device=device)
     for model in models:

@@ -128,7 +128,7 @@ def test_subclasses_and_patched_layers_are_not_fused(mlp: nn.Sequential, x: torc
 def test_torchs_own_layers_in_between(x: torch.Tensor) -> None:
     model = nn.Sequential(nn.Linear(6, 4), torch.nn.ReLU(), nn.Linear(4, 4), nn.Dropout(0.0), nn.ReLU()).to(x.device)
     with fastlayers.policy("auto"):
-        assert [m for m, _ in ops(model, x)] == ["0", "1", "2", "3", "4"]
+        assert [m for m, _ in ops(model, x)] == ["0", "1", "2 + 4"]  # a Dropout(0) gives back its input
 
 
 def test_container(device: torch.device) -> None:

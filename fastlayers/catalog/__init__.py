@@ -31,6 +31,7 @@ _FAMILIES = [
         "dropout",
         "recurrent",
         "attention",
+        "transformer",
         "container",
     )
 ]

@@ -1,13 +1,24 @@
 """Dropout."""
 
+from ..fusion.dropout import PATTERNS, role_of
+from ..fusion.plan import Role
 from ..ops.dropout import _dropout
 from .row import Case, Floats, Row, case
+
+__all__ = ["PATTERNS", "ROWS"]
 
 _SUPPORTS = "any p and strides, in place; {}the mask drawn again in the backward, two numbers saved"
 _MASK = "the mask that torch draws on CUDA, with its generator moved as far; "
 
 
-def _row(name: str, function: str, falls_back: str, cases: dict[str, Case], speeds: dict[str, Case]) -> Row:
+def _row(
+    name: str,
+    function: str,
+    falls_back: str,
+    cases: dict[str, Case],
+    speeds: dict[str, Case],
+    role: Role | None = None,
+) -> Row:
     # Inside a CUDA graph, torch 2.13 says what is drawn.
     falls_back += ", a CUDA graph is captured, and this torch doesn't say what will be drawn in it"
     return Row(
@@ -17,6 +28,7 @@ def _row(name: str, function: str, falls_back: str, cases: dict[str, Case], spee
         operation=_dropout,
         function=function,
         random=True,
+        role=role,
         cases=cases,
         speeds=speeds,
     )
@@ -38,6 +50,7 @@ ROWS = (
             "GPT-2 hidden, 8 x 1024": case(lambda nn: nn.Dropout(0.1), (8, 1024, 768)),
             "Llama-3 hidden, 8192 tokens": case(lambda nn: nn.Dropout(0.1), (8192, 4096)),
         },
+        role=Role("dropout", of=role_of),
     ),
     _row(
         "Dropout1d",

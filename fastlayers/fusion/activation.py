@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from ..ops.activation import Activation, _pointwise
+from .. import _torch_functional as F
+from .. import functional
+from ..ops.activation import CALLS, Activation, _pointwise
 from .plan import Role, register_role
 
 
@@ -29,3 +33,14 @@ register_role(Applied, Role("activation", of=lambda call: call.activation if cal
 def layer_of(part: Any) -> Any:
     """What stands in a row for a part of a call: a module, or an activation that a model calls as a function."""
     return Applied(part) if isinstance(part, Activation) else part
+
+
+def called(function: Any) -> Any:
+    """What stands in a row for a module or a function that the model calls with one tensor: an activation's value for torch's
+    functions and ours, otherwise the very thing."""
+    if is_dynamo_compiling() or not isinstance(function, types.FunctionType | types.BuiltinFunctionType):
+        return function
+    name = function.__name__
+    if name not in ("relu", "gelu") or function not in (getattr(F, name), getattr(functional, name)):
+        return function
+    return Applied(CALLS[name]())

@@ -30,6 +30,10 @@ class Value(NamedTuple):
     what: Any = None
 
 
+PASSES: Any = object()
+"""What a role's `of` says of a layer that returns its very input now, as a dropout does in eval. Rows run without it."""
+
+
 class Role:
     """What layers of a class stand for.
 
@@ -56,7 +60,12 @@ class Role:
         if self.of is None:
             return self.same
         what = self.of(layer)
+        if what is PASSES:
+            return _PASSED
         return None if what is None else Value(self.name, what)
+
+
+_PASSED = Value("passed")
 
 
 class Residual(NamedTuple):
@@ -197,9 +206,10 @@ def run(layers: Iterable[Any], x: Any) -> Any:
     watched = everyone_is_watched()
     for layer in layers:
         found = None if watched else value(layer)
-        if found is not None:
-            row.append(layer)
-            values.append(found)
+        if found is not None and (found is not _PASSED or row or type(x) is torch.Tensor):
+            if found is not _PASSED:
+                row.append(layer)
+                values.append(found)
             continue
         if row:
             x = _run_row(row, values, x)[0]
@@ -214,7 +224,8 @@ def run_with_sum(layers: Sequence[Any], x: torch.Tensor) -> tuple[Any, Any]:
     if not everyone_is_watched():
         values: list[Any] = [value(layer) for layer in layers]
         if None not in values:
-            return _run_row(layers, values, x)
+            kept = [i for i, v in enumerate(values) if v is not _PASSED]
+            return _run_row([layers[i] for i in kept], [values[i] for i in kept], x)
     *before, last = layers
     total = run(before, x)
     return last(total), total

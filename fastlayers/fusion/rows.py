@@ -83,16 +83,22 @@ class Finder:
         return row
 
     def _joined(self, row: list[_Member]) -> list[_Member]:
-        """The part of the row from the first to the last of its nodes that some pattern joins with others."""
-        steps = plan.plan(tuple([plan.Value(member.role) for member in row]))
-        joined = [step for step in steps if step.pattern is not None]
-        return row[joined[0].begin : joined[-1].end] if joined else []
+        """The part of the row from the first to the last of its nodes that some pattern joins with others, be it with the
+        dropouts or, as in eval, without them."""
+        joined: list[int] = []
+        for places in (range(len(row)), [i for i, member in enumerate(row) if member.role != "dropout"]):
+            steps = plan.plan(tuple([plan.Value(row[i].role) for i in places]))
+            joined += [i for step in steps if step.pattern is not None for i in places[step.begin : step.end]]
+        return row[min(joined) : max(joined) + 1] if joined else []
 
     def _begin(self, node: fx.Node) -> _Member | None:
         """A row begins with a layer that isn't an activation, or with a sum of two tensors."""
         if node.op == "call_module":
             member = self._member(node, None)
-            return None if member is None or member.role == "activation" else member
+            late = member is not None and getattr(
+                self.modules[str(node.target)], "inplace", False
+            )  # others see it written
+            return None if member is None or member.role == "activation" or late else member
         first = node.args[0] if node.args else None
         if isinstance(first, fx.Node) and node.target in _SUMS:
             member = self._member(node, first)

@@ -16,6 +16,7 @@ from .normalization import *
 from .pooling import *
 from .rnn import *
 from .sparse import *
+from .transformer import *
 from .upsampling import *
 
 _functions = [(name, value) for name, value in vars(functional).items() if callable(value) and not name.startswith("_")]

@@ -123,8 +123,10 @@ def _numbers(options: Any) -> tuple[float, float, float]:
     return a, _ALPHA * a * p, _ALPHA * a * (p - 1)
 
 
-def _launch(x: Any, out: Any, draw: Any, options: Any, scale: float, kept: float, dropped: float) -> None:
-    """out = x * scale + kept, or x * 0 + dropped."""
+def _launch(
+    x: Any, out: Any, draw: Any, options: Any, scale: float, kept: float, dropped: float, residual: Any = None
+) -> None:
+    """out = x * scale + kept, or x * 0 + dropped. A residual is added to what `dropout` gives."""
     p, features = options.p, _features(x, options)
     if features is not None:
         factor = kernels.launch.empty(features, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -133,9 +135,11 @@ def _launch(x: Any, out: Any, draw: Any, options: Any, scale: float, kept: float
             x, out = x.unsqueeze(0), out.unsqueeze(0)
         kernels.dropout_features(x, out, factor, (kept, dropped))
     elif options.vector > 1:
-        kernels.dropout_chunks(x, out, draw, p, scale, options.vector)
+        kernels.dropout_chunks(x, out, draw, p, scale, options.vector, residual=residual)
     else:
-        kernels.dropout_lanes(x, out, draw, p, (scale, kept, dropped), _lanes(x, options), logical=options.vector == 1)
+        kernels.dropout_lanes(
+            x, out, draw, p, (scale, kept, dropped), _lanes(x, options), logical=options.vector == 1, residual=residual
+        )  # fmt: skip
 
 
 # --- torch's functions -------------------------------------------------------------------------------------------------------
