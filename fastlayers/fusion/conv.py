@@ -107,9 +107,9 @@ def _run_measured(arguments: Sequence[Any], norm: Any, activation: Any, format: 
     found = conv_measured(arguments[:3], arguments[3:], format, (mean, var), factor, momentum, norm.eps)
     if found is None:
         return None
-    y, *statistics = found
+    y, mean, rstd = found
     norm._arguments(y)  # which counts the batch
-    return norm_measured(y, *statistics, weight, bias, norm.eps, activation)
+    return norm_measured(y, mean, rstd, weight, bias, norm.eps, activation)
 
 
 def _longest(x: torch.Tensor, values: Sequence[Value]) -> int:
