@@ -56,7 +56,9 @@ def test_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"norm_first": True, "activation": "gelu"}, {"activation": torch.tanh}], ids=str
+    "options",
+    [{}, {"norm_first": True, "activation": "gelu"}, {"activation": torch.tanh}],
+    ids=["plain", "norm_first", "tanh"],
 )
 @pytest.mark.parametrize("make", [encoder, whole])
 def test_training(make: Any, options: dict[str, Any], device: torch.device) -> None:
