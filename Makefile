@@ -3,16 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow machine coverage compile lint clean
+.PHONY: demo test slow machine coverage exam compile lint clean
 demo: $(VENV)/installed
 	$(BIN)/python -m fastlayers demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto -m "not slow and not long"
+	$(BIN)/python -m pytest -n auto -m "not slow and not long and not exam"
 
 # What `make test` leaves out, because it takes long and rarely tells anything new.
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto -m "slow and not long"
+	$(BIN)/python -m pytest -n auto -m "slow and not long and not exam"
 
 # Every kernel's compiled code, run in the emulator of tests/ptx_machine; ONLY=half0 and ONLY=half1 are a half each.
 ONLY ?= half
@@ -22,6 +22,13 @@ machine: $(VENV)/installed
 # The same, of what is new; what has passed goes into tests/ptx_machine/coverage.json.
 coverage: $(VENV)/installed
 	$(BIN)/python tests/ptx_machine/update_coverage.py
+
+# Models of transformers and timm, tiny, trained on the kernels. timm without torchvision, which it imports for images and PyPI
+# builds against CUDA's torch.
+exam: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,test,exam]"
+	$(BIN)/pip install --quiet --no-deps "$$(grep '^timm==' constraints.txt)"
+	$(BIN)/python -m pytest -n auto tests/exam
 
 # The kernels compiled for six GPU generations, and their machine code compared with what is committed; needs no GPU.
 compile: $(VENV)/installed
