@@ -3,16 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow machine coverage compile lint docs clean
+.PHONY: demo test slow machine coverage exam compile lint docs clean
 demo: $(VENV)/installed
 	$(BIN)/python -m fastlayers demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto -m "not slow and not long"
+	$(BIN)/python -m pytest -n auto -m "not slow and not long and not exam"
 
 # What `make test` leaves out, because it takes long and rarely tells anything new.
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto -m "slow and not long"
+	$(BIN)/python -m pytest -n auto -m "slow and not long and not exam"
 
 # Every kernel's compiled code, run in the emulator of tests/ptx_machine; ONLY=half0 and ONLY=half1 are a half each.
 ONLY ?= half
@@ -23,6 +23,13 @@ machine: $(VENV)/installed
 coverage: $(VENV)/installed
 	$(BIN)/python tests/ptx_machine/update_coverage.py
 
+# Models of transformers and timm, tiny, trained on the kernels. timm without torchvision, which it imports for images and PyPI
+# builds against CUDA's torch.
+exam: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,test,exam]"
+	$(BIN)/pip install --quiet --no-deps "$$(grep '^timm==' constraints.txt)"
+	$(BIN)/python -m pytest -n auto tests/exam
+
 # The kernels compiled for six GPU generations, and their machine code compared with what is committed; needs no GPU.
 compile: $(VENV)/installed
 	$(BIN)/python -m bench audit
@@ -32,7 +39,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The site, into site/: warnings are errors. The variable silences an advertisement.
+# The site, into site/: warnings are errors. The variable silences a notice that
+# mkdocs-material has a successor and is kept up until May 2027.
 docs: $(VENV)/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -139,6 +139,7 @@ def test_padding(device: torch.device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
 def test_compiled(device: torch.device) -> None:
     torch._dynamo.reset()
     a, b = (model.to(device) for model in pair(whole))
