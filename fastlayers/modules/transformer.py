@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _CHILDREN: dict[str, Any] = {
-    "MultiheadAttention": getattr(activation, "MultiheadAttention", nn.MultiheadAttention),
+    "MultiheadAttention": activation.MultiheadAttention,
     "Linear": linear.Linear,
     "Dropout": dropout.Dropout,
     "LayerNorm": normalization.LayerNorm,
@@ -100,7 +100,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         masks = src_mask, src_key_padding_mask, is_causal
         x = src
         if self.norm_first:
-            y = _attended(self.self_attn, *(self.norm1(x),) * 2, *masks)
+            y = self.norm1(x)
+            y = _attended(self.self_attn, y, y, *masks)
             y, x = plan.run_with_sum((self.dropout1, _added(x), self.norm2), y)
             return plan.run((*_feed_forward(self), self.dropout2, _added(x)), y)
         y = _attended(self.self_attn, x, x, *masks)
@@ -141,7 +142,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             )  # fmt: skip
         x = tgt
         if self.norm_first:
-            y = _attended(self.self_attn, *(self.norm1(x),) * 2, *of_self)
+            y = self.norm1(x)
+            y = _attended(self.self_attn, y, y, *of_self)
             y, x = plan.run_with_sum((self.dropout1, _added(x), self.norm2), y)
             y = _attended(self.multihead_attn, y, memory, *of_memory)
             y, x = plan.run_with_sum((self.dropout2, _added(x), self.norm3), y)

@@ -276,7 +276,7 @@ class Pointwise(Operation):
     def saves(self, t: Any, options: Options, needs: Any) -> tuple[str, ...]:
         return (self._kept(options),)
 
-    def gradients(self, like: Any, options: Options, needs: Any) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Options, needs: Any) -> tuple[Out | int | str | None, ...]:
         return (Out.pointwise(like.input),)
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:

@@ -80,7 +80,7 @@ class ScaledDotProductAttention(Operation):
         given = [name for name in self.tensors if getattr(t, name) is not None]
         return (*given, "output", "lse")
 
-    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
         # In the order of memory of the tensors, where that is one of heads and rows.
         return tuple(
             [

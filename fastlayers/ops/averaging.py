@@ -50,7 +50,7 @@ class _Average(Pool):
     def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
         return ()
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         x = like.input
         return (laid_out(x, x.shape[-self.dims :], x.dtype, self.dims, keeps=self.dims < 3),)
 
@@ -128,7 +128,7 @@ class _AdaptiveAvgPool(_Average):
     def keeps_channels_last(self, options: Any) -> bool:
         return self.dims < 3 or max(options.output_size) == min(options.output_size) == 1
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         if max(options.output_size) == min(options.output_size) == 1:  # a mean, whose gradient torch expands
             return (Out(tuple(like.input.shape), like.input.dtype),)
         return super().gradients(like, options, needs)

@@ -130,7 +130,7 @@ class GroupNorm(Operation):
         bias = t.bias is not None and behind
         return ("input", *(("weight",) if weight else ()), *(("bias",) if bias else ()), "mean", "rstd")
 
-    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
         dx = _image(like.input, like.input.dtype, options.keeps_format) if needs[0] else None
         return (dx, *super().gradients(like, options, (False, *needs[1:]))[1:])
 
@@ -240,7 +240,7 @@ class BatchNorm(Operation):
         )
         return tuple([name for name, needed in each if needed])
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         dx = self._image(like.input) if needs[0] else None
         return (dx, *super().gradients(like, options, (False, *needs[1:]))[1:])
 

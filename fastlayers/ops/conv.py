@@ -170,7 +170,7 @@ class Conv2d(Operation):
         names = (("input", needs[1]), ("weight", needs[0]), (kept, kept is not None))
         return tuple([name for name, needed in names if needed])  # type: ignore[misc]
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         x, w, b = like[:3]
         dims, last = self.dims, self._chooses_channels_last(x, w)
         return (

@@ -92,7 +92,7 @@ class Conv2dMeasured(Conv2d):
         running = t.running_mean, t.running_var
         merge(partials, out.mean, out.rstd, options.eps, running, options.momentum, t.factor)
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         return (*super().gradients(like, options, needs), None, None, None)
 
 

@@ -84,7 +84,7 @@ class Dropout(Operation):
     def saves(self, t: Any, options: Options, needs: Needs) -> tuple[str, ...]:
         return ("seed",)
 
-    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
         return (Out.pointwise(like.input), None)
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:

@@ -68,7 +68,7 @@ class DropoutAddLayerNorm(AddLayerNorm):
     tensors = ("input", "residual", "weight", "bias", "seed")
     compiled = False
 
-    class Options(NamedTuple):
+    class Options(NamedTuple):  # pyright: ignore[reportIncompatibleVariableOverride]
         shape: tuple[int, ...]
         eps: float
         dtype: torch.dtype | None

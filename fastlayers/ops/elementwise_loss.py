@@ -186,7 +186,7 @@ class ElementwiseLoss(Operation):
         weights = [name for name in self.tensors[2:] if getattr(t, name) is not None]
         return (*[name for name in _BOTH if name in needed], *weights)
 
-    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
         keeps = options.reduction in RULES[options.loss.function].keeps_strides
         like = [Out.pointwise(o) if keeps else Out(tuple(o.shape), o.dtype) for o in like[:2]]
         return (*[o if need else None for o, need in zip(like, needs, strict=False)], None, None)

@@ -51,7 +51,7 @@ class Prelu(Operation):
     def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
         return ("input", "weight") if needs[0] else ("input",)
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         x, w = like.input, like.weight
         return Out.pointwise(x) if needs[0] else None, Out(w.shape, w.dtype) if needs[1] else None
 

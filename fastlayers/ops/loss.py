@@ -193,7 +193,7 @@ class NLLLoss(Operation):
         weight, total = t.weight is not None, options.reduction == "mean"
         return ("target", *(("weight",) if weight else ()), *(("total",) if total else ()))
 
-    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
         x = like.input  # torch keeps the strides of images
         return (Out.pointwise(x) if len(x.shape) == 4 else Out(tuple(x.shape), x.dtype), None, None)
 

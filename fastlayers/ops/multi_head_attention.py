@@ -306,9 +306,13 @@ def multi_head_attention_forward(
     p = Parameters(in_weights, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias)
     masks = Masks(key_padding_mask, attn_mask)
     p_of_way = dropout_p if training else 0.0
-    way = Way(num_heads, p_of_way, bool(is_causal), bool(add_zero_attn), bool(need_weights), bool(average_attn_weights))
-    reason: str | None = "static_k or static_v"
-    if static_k is None and static_v is None:
+    reason = support.unusable((query, key, value))
+    if reason is None and not (static_k is None and static_v is None):
+        reason = "static_k or static_v"
+    # Without a reason none of these is a placeholder of torch.fx, of which no boolean can be made.
+    further = [reason is None and bool(x) for x in (is_causal, add_zero_attn, need_weights, average_attn_weights)]
+    way = Way(num_heads, p_of_way, *further)
+    if reason is None:
         reason = _reason_against(query, key, value, embed_dim_to_check, p, masks, way)
     if reason is not None:
 

@@ -133,7 +133,7 @@ class AddLayerNorm(LayerNorm):
         through = needs[0] or needs[1]
         return ("sum", *(("weight",) if through and t.weight is not None else ()), "mean", "rstd")
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         dx, dr, *rest = super().gradients(like, options, needs)
         return dx, 0 if dx is not None and dr is not None else dr, *rest  # both terms of a sum have its gradient
 

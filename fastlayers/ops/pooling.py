@@ -181,7 +181,7 @@ class _MaxPool(Strided):
     def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
         return ("place",)
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         return (self._result(like.input, like.input.shape[-self.dims :]),)
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Any, precision: str) -> None:

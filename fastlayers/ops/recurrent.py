@@ -181,7 +181,7 @@ class GRU(Operation):
     def _asks_for_weight_hh(options: Any, needs: Needs) -> bool:
         return any(needs[5 :: 4 if options.has_biases else 2])
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         found = list(super().gradients(like, options, needs))
         if options.has_biases and self.gates != 3:
             for i in range(4 + 3, len(found), 4):  # of LSTM and RNN, the two biases have the same gradient

@@ -95,7 +95,7 @@ class GRUCell(Operation):
         given = [name for name, x in zip(self.tensors, t, strict=True) if x is not None]
         return (*given, "gates")
 
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         *found, last = super().gradients(like, options, needs)
         same = self.gates != 3 and last is not None and found[-1] is not None
         return (*found, len(found) - 1 if same else last)

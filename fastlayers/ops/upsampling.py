@@ -137,7 +137,7 @@ class Interpolate(Operation):
     def saves(self, t: Any, options: Options, needs: Needs) -> tuple[str, ...]:
         return ()
 
-    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | None, ...]:
+    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
         x = like.input
         dims = len(x.shape) - 2
         return (laid_out(x, x.shape[2:], x.dtype, dims, keeps=dims == 2 or (dims == 3 and options.mode in _LINEAR)),)
