@@ -11,7 +11,7 @@ fastlayers.capture(model, x)             # the same model as a CUDA graph, for t
 fastlayers.policy("torch")               # "auto" | "triton" | "torch"
 """
 
-from . import functional, modules, nn
+from . import functional, integrations, modules, nn
 from ._version import __version__
 from .capture import capture
 from .convert import Conversion, Conversions, accelerate, restore
@@ -34,6 +34,7 @@ __all__ = [
     "explain",
     "functional",
     "fuse",
+    "integrations",
     "nn",
     "patched",
     "policy",

@@ -75,6 +75,7 @@ MAY = {
     "modules.transformer": {"dispatch.support", "fusion.activation", "fusion.plan", "modules"},
     "_namespace": set(),
     "nn": {"functional", "modules", "_namespace"},
+    "integrations": {"ops.attention"},
     "fusion": {"fusion", "ops", "dispatch", "functional", "_state", "_originals", "_torch", "_torch_functional"},
     "catalog": {"catalog", "modules", "ops", "fusion", "operation"},
     "convert": {"catalog", "dispatch", "_state", "_originals"},
@@ -97,7 +98,19 @@ MAY = {
     "testing": {"testing"},
     "program": {"patch"},
     "__main__": {"selfcheck", "demo", "program", "reporting", "_kernels"},
-    "": {"functional", "modules", "nn", "_version", "capture", "convert", "dispatch", "fusion", "patch", "reporting"},
+    "": {
+        "functional",
+        "integrations",
+        "modules",
+        "nn",
+        "_version",
+        "capture",
+        "convert",
+        "dispatch",
+        "fusion",
+        "patch",
+        "reporting",
+    },
 }
 ENGINE = {"operation", "autograd", "compiled"}
 """One engine in three files, which know each other."""

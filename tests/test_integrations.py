@@ -1,0 +1,119 @@
+"""What other packages' registries take, called as they call it. tests/exam has their models."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from contract import by_formula
+
+from fastlayers import integrations
+from fastlayers.integrations import attention_forward
+from fastlayers.testing import assert_within_budget, neighbours
+
+CALLS = {
+    "causal": dict(),
+    "not causal": dict(module=dict(is_causal=False)),
+    "not causal in this call": dict(is_causal=False),
+    "causal in this call": dict(module=dict(is_causal=False), is_causal=True),
+    "one query": dict(queries=1),
+    "a longer cache": dict(keys=12),
+    "scaled": dict(scaling=0.7),
+    "a mask": dict(mask=(2, 1, 7, 7)),
+    "a mask of more keys": dict(mask=(2, 1, 7, 12)),
+    "one query and a mask": dict(queries=1, keys=9, mask=(2, 1, 1, 9)),
+    "a bias": dict(bias=True, module=dict(is_causal=False)),
+    "a bias, causal, a longer cache": dict(bias=True, keys=12),
+    "a bias and a mask": dict(bias=True, mask=(2, 1, 7, 7)),
+    "a bias and a mask to add": dict(bias=True, mask=(2, 1, 7, 7), added=True),
+}
+
+
+def right(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any, is_causal: Any, bias: Any) -> torch.Tensor:
+    """What is meant, in as many words: every head with its own keys, and one mask of all there is."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    added = q.new_zeros(q.shape[2], k.shape[2]) if bias is None else bias.to(q.dtype)
+    if mask is not None:
+        mask = mask[..., : k.shape[2]]
+        added = added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else added + mask.to(q.dtype)
+    elif q.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        added = added.masked_fill(~torch.ones(added.shape, dtype=torch.bool, device=q.device).tril(), -torch.inf)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, added, scale=scaling).transpose(1, 2)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("name", CALLS)
+def test_attention_forward(name: str, groups: int, device: torch.device, launched: list[str]) -> None:
+    call: dict[str, Any] = CALLS[name]
+    queries, keys = call.get("queries", 7), call.get("keys", 7)
+    module: Any = SimpleNamespace(**call.get("module", {}), **(dict(num_key_value_groups=groups) if groups > 1 else {}))
+    shapes = (2, queries, 6, 8), (2, keys, 6 // groups, 8), (2, keys, 6 // groups, 8)
+    given = [torch.randn(shape, device=device).transpose(1, 2) for shape in shapes]  # as a projection leaves them
+    dy = torch.randn(2, queries, 6, 8, device=device)
+    mask = None
+    if "mask" in call:
+        mask = torch.rand(call["mask"], device=device) > 0.3
+        mask[..., 0] = True
+        mask = torch.where(mask, 0.0, -torch.inf) if call.get("added") else mask
+    bias = torch.randn(1, 6, queries, keys, device=device) if "bias" in call else None
+    scaling, is_causal = call.get("scaling"), call.get("is_causal")
+
+    def run(compute: Any, *tensors: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = compute(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    def attend(q: Any, k: Any, v: Any) -> torch.Tensor:
+        y, weights = attention_forward(
+            module, q, k, v, mask, scaling=scaling, is_causal=is_causal, position_bias=bias, sliding_window=4
+        )
+        assert weights is None and y.is_contiguous()
+        return y
+
+    def formula(q: Any, k: Any, v: Any) -> torch.Tensor:
+        return right(module, q, k, v, mask, scaling, is_causal, bias)
+
+    found = run(attend, *given, dy=dy)
+    assert {*launched} == {"attention_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
+    with by_formula():
+        others = [run(formula, *moved, dy=moved_dy) for *moved, moved_dy in neighbours(*given, dy)]
+        exact = run(formula, *[t.double() for t in given], dy=dy.double())
+    for i, (a, c, *b) in enumerate(zip(found, exact, *others, strict=True)):
+        assert_within_budget(a, b, c, str(i), 1)
+
+
+def test_heads_are_shared_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 4, 8)
+    seen: list[Any] = []
+
+    def watch(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((key is k, value is k, kwargs["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr(integrations, "scaled_dot_product_attention", watch)
+    module: Any = SimpleNamespace(num_key_value_groups=3)
+    attention_forward(module, q, k, k, torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    assert seen == [(True, True, True)]
+
+
+@pytest.mark.parametrize("asked", [dict(softcap=50.0), dict(output_attentions=True)], ids=str)
+def test_what_it_cannot_do_raises(asked: dict[str, Any]) -> None:
+    x, module = torch.randn(1, 2, 4, 8), torch.nn.Module()
+    with pytest.raises(ValueError, match=next(iter(asked))):
+        attention_forward(module, x, x, x, None, **asked)
+    nothing: dict[str, Any] = dict.fromkeys(asked)
+    attention_forward(module, x, x, x, None, **nothing)
+
+
+def test_compiled(device: torch.device) -> None:
+    """In one graph."""
+    x = [torch.randn(1, 2, 5, 8, device=device) for _ in range(3)]
+    module = torch.nn.Module()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention_forward(module, q, k, v, None, scaling=0.5)[0]
+
+    assert torch.equal(torch.compile(attend, fullgraph=True, backend="aot_eager")(*x), attend(*x))
