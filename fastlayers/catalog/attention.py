@@ -86,7 +86,6 @@ ROWS = (
             "ViT-B, 64 images": _layer(768, 12, (64, 197, 768), batch_first=True),
             "BERT-large, 16 x 512 tokens": _layer(1024, 16, (16, 512, 1024), batch_first=True),
             "DETR's decoder, 100 queries of 32 x 850": _layer(256, 8, (100, 32, 256), (850, 32, 256)),
-            "the weights as well, 16 x 512 tokens": _layer(512, 8, (512, 16, 512), weights=True),
         },
         cases=dict(
             alone=_layer(12, 3, (20, 2, 12)),

@@ -184,7 +184,8 @@ FORCED = (
     "AdaptiveAvgPool2d one, bf16", "BatchNorm1d plain in parts, bf16", "Embedding common, bf16", "GRU steps by steps, bf16",
     "InstanceNorm2d with running averages, bf16", "LayerNorm no_bias in parts, bf16",
     "LinearCrossEntropyLoss through descriptors, bf16", "LinearCrossEntropyLoss through descriptors, tf32",
-    "PReLU one, bf16", "conv by boxes groups of 32 NCHW, bf16", "product specialized both, bf16",
+    "PReLU one, bf16", "conv by boxes groups of 32 NCHW, bf16", "conv measured by boxes NHWC, bf16",
+    "gated_mlp through descriptors, bf16", "gated_mlp through pointers aligned, bf16", "product specialized both, bf16",
 )  # fmt: skip
 """Runs of kernels.py that launch the kernels which no other one launches."""
 
