@@ -114,7 +114,7 @@ def _block_type(init: Callable) -> Callable:
     def __init__(self, element_ty, shape):
         values = shape.values if type(shape) is core.tuple else shape
         key = builtins.tuple([s.value if type(s) is core.constexpr else s for s in values])
-        known = sizes.get(key)
+        known = sizes.get(key) if type(shape) in (list, core.tuple) else None  # others may be an error
         if known is None or not all([type(s) is int for s in key]):
             init(self, element_ty, shape)
             if all([type(s) is int for s in key]):

@@ -323,7 +323,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return (output.transpose(1, 0), weights) if batch_first else (output, weights)
 
     def _in_one_operator(self, query: Any, key: Any, value: Any, *masks: Any) -> bool:
-        """Whether torch's layer calls torch._native_multi_head_attention, or may find more against it than is looked at here."""
+        """Whether torch's layer calls its operator for the whole of it, or may find more against it than is looked at here."""
         if query.is_nested or key.is_nested or value.is_nested:
             return True
         if self.training or not self.batch_first or query is not key or key is not value or query.dim() != 3:

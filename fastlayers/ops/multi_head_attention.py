@@ -240,8 +240,8 @@ def _left(reason: str, call: Callable[[], Any]) -> Any:
 def inference(
     query: Any, p: Parameters, masks: Masks, way: Way, reference: Callable[[], Any]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As torch._native_multi_head_attention, which torch.nn.MultiheadAttention calls in eval for self-attention of batches with
-    batch_first where no gradient is recorded.
+    """As torch's operator `_native_multi_head_attention`, which torch.nn.MultiheadAttention calls in eval for self-attention of
+    batches with batch_first where no gradient is recorded.
 
     Shape: query (N, L, E); the result the same, contiguous, and the weights (N, L, L) or (N, heads, L, L). A query that may
         attend to no key gives NaN.
