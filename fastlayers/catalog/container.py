@@ -36,8 +36,8 @@ ROWS = (
     Row(
         "Sequential",
         "Linear or a convolution with the activation that follows in one kernel, a convolution with its BatchNorm as well (in "
-        "eval, where no gradients are recorded; in training Conv2d measures its result for BatchNorm2d), consecutive Linear layers "
-        "in one function for autograd, a dropout in eval left out; indexing, slicing, append, insert, extend, nesting",
+        "eval, where no gradients are recorded; in training Conv2d measures its result for BatchNorm2d), consecutive Linear "
+        "layers in one function for autograd, a dropout in eval left out; indexing, slicing, append, insert, extend, nesting",
         "a layer with a hook, a subclass or a forward of its own is not fused, nor its neighbours across it",
         speeds=_FUSED,
         cases=dict(
