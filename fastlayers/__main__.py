@@ -26,7 +26,9 @@ DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "ri
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastlayers", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="command")
-    demo = commands.add_parser("demo", help="train two small networks with torch.nn and with fastlayers, side by side")
+    demo = commands.add_parser(
+        "demo", help="train three small networks with torch.nn and with fastlayers, side by side"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (default: 0)")
     demo.add_argument("--epochs", type=int, help="for every network, instead of the defaults")
     demo.add_argument("--plot", type=Path, default=Path("demo-loss.png"), help="where to write the loss curves")
@@ -49,7 +51,7 @@ def main() -> int:
     if arguments.command == "demo":
         if arguments.epochs is not None and arguments.epochs < 1:
             demo.error("--epochs must be at least 1")
-        problem = _unwritable(arguments.plot)  # better said now than after two minutes
+        problem = _unwritable(arguments.plot)  # better said now than after the training
         if problem is not None:
             demo.error(f"can't write {arguments.plot}: {problem}")
         missing = [package for module, package in DEMO_NEEDS.items() if importlib.util.find_spec(module) is None]

@@ -131,8 +131,8 @@ class Operation:
 
     def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         """What the backward writes: for each tensor, given as a description, its gradient's description if it is needed, or the
-        index of another tensor whose gradient is the same. Or the name of the one result whose gradient it is, as the terms of
-        a sum have: of records that aren't `compiled`."""
+        index of another tensor whose gradient is the same. Or the name of a result, where the tensor's gradient is that
+        result's, as for a term of a sum; only in records that aren't `compiled`."""
         flat = (*like[:-1], *like[-1]) if self.variadic else like
         return tuple([Out(o.shape, o.dtype) if need else None for o, need in zip(flat, needs, strict=True)])
 

@@ -112,7 +112,7 @@ class Row(NamedTuple):
     """What is measured and audited, the most telling ones first. Without any, another row stands for this one: its kernels are
     compiled, but not measured."""
     operation: Operation | None = None
-    """None for a container, and for what other rows' operations make up."""
+    """None for a container, and for a layer that is composed of other rows' operations."""
     function: str | None = None
     """The name in torch.nn.functional; in torch, where a layer calls a function that isn't there."""
     functions: tuple[str, ...] = ()

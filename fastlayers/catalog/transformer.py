@@ -7,8 +7,8 @@ from .row import Cases, Row, case
 __all__ = ["ROWS"]
 
 _ROWS_IN_ONE = (
-    "Linear with relu or gelu in one kernel, a dropout with the residual and the norm that follow in one call, on either side of "
-    "the norms; attention as MultiheadAttention"
+    "Linear with relu or gelu in one kernel, a dropout with the residual and the norm that follow in one call, with norm_first "
+    "or without; attention as MultiheadAttention"
 )
 _CHILD = "a child with a hook, a subclass or a forward of its own is called as it is"
 _SIZES: dict[str, Any] = dict(d_model=8, nhead=2, dim_feedforward=19, dropout=0.0)

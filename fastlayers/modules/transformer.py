@@ -156,8 +156,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """Copies of an encoder layer, one after the other. As torch.nn.TransformerEncoder, whose rows of padding are 0 in eval,
-    where it makes nested tensors of its input: those are torch's own.
+    """Copies of an encoder layer, one after the other. As torch.nn.TransformerEncoder. In eval, where it turns padded
+    input into nested tensors, torch's own code runs, and padded rows come out as 0.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoder.html
     """

@@ -42,8 +42,8 @@ def _weight_grad(dz: Any, x: Any, dw: Any, db: Any, precision: str) -> None:
 class GatedMlp(Operation):
     """input (*, K), gate and up weights (N, K), down weight (M, N), each with a bias or None -> (*, M).
 
-    Saves both factors of what goes into the last product, and computes that anew: half of what the functions save of which it
-    consists.
+    Saves both factors of what goes into the last product, and computes that anew: half of the intermediate
+    results that torch's functions save.
     """
 
     tensors = (
