@@ -51,6 +51,8 @@ class Operation:
     given, becomes the result's."""
     compiled: ClassVar[bool] = True
     """False: inside torch.compile, Inductor gets torch's own function."""
+    mutates_last: ClassVar[bool] = False
+    """Whether the forward's last launch alone writes into tensors that are given, so that nothing is written if one fails."""
     silent: ClassVar[tuple[str, ...]] = ()
     """Of the tensors that are written into, those whose version counter torch leaves as it is."""
 
@@ -281,7 +283,7 @@ class Operation:
                 outputs = launching() if recorder is None else recorder.launching(self.label(options), launching)
                 return self._results(outputs, options)
             except OutOfResources as error:
-                if self._mutates and self.written(tensors, options):
+                if self._mutates and not self.mutates_last and self.written(tensors, options):
                     raise  # an earlier launch of the same call may have written into them
                 reason = support.out_of_resources(error)
         if joined:

@@ -179,6 +179,11 @@ def sigmoid_grad(dy, y, A):
 
 
 @triton.jit
+def sigmoid_grad_of_input(dy, x, A):
+    return sigmoid_grad(dy, sigmoid(x, A), A)
+
+
+@triton.jit
 def tanh(x, A):
     if x.dtype == tl.float64:
         m = _expm1(-2 * tl.abs(x))
@@ -198,6 +203,11 @@ def tanh(x, A):
 @triton.jit
 def tanh_grad(dy, y, A):
     return dy * (1 - y * y)
+
+
+@triton.jit
+def tanh_grad_of_input(dy, x, A):
+    return tanh_grad(dy, tanh(x, A), A)
 
 
 @triton.jit

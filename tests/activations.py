@@ -12,3 +12,15 @@ class Activation(NamedTuple):
 RELU = Activation("relu", "output")
 GELU = Activation("gelu", "input")
 GELU_TANH = Activation("gelu_tanh", "input")
+
+OPTIONS: dict[str, list[tuple[float, ...]]] = {
+    "celu": [(0.5,)],  # torch rounds 1 / alpha to float32 in float64's derivative
+    "elu": [(0.7,), (-0.5,), (0.0,)],
+    "hardshrink": [(0.5,), (0.7,)],
+    "hardtanh": [(-1.0, 1.0), (-0.3, 0.7)],
+    "leaky_relu": [(0.01,), (-2.0,), (0.0,)],
+    "softplus": [(1.0, 20.0), (2.5, 1.0)],
+    "softshrink": [(0.5,), (0.7,)],
+    "threshold": [(0.5, -1.0), (0.1, 20.0), (0.7, 0.7)],
+}
+"""Of activations that have some, in torch's order."""

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as TF
+from activations import OPTIONS
 
 import fastlayers
 import fastlayers.functional as F
@@ -16,16 +17,6 @@ from fastlayers.ops.activation import RULES, Activation
 from fastlayers.testing import assert_within_budget
 
 nan = float("nan")
-OPTIONS: dict[str, list[tuple[float, ...]]] = {
-    "celu": [(0.5,)],  # torch rounds 1 / alpha to float32 in float64's derivative
-    "elu": [(0.7,), (-0.5,), (0.0,)],
-    "hardshrink": [(0.5,), (0.7,)],
-    "hardtanh": [(-1.0, 1.0), (-0.3, 0.7)],
-    "leaky_relu": [(0.01,), (-2.0,), (0.0,)],
-    "softplus": [(1.0, 20.0), (2.5, 1.0)],
-    "softshrink": [(0.5,), (0.7,)],
-    "threshold": [(0.5, -1.0), (0.1, 20.0), (0.7, 0.7)],
-}
 ACTIVATIONS = [Activation(name, args) for name in RULES for args in OPTIONS.get(name, [()])]
 each = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: "-".join(map(str, (a.function, *a.args))))
 

@@ -297,3 +297,24 @@ def test_compiles_whole(eval: bool, device: torch.device) -> None:
         compiled: Any = torch.compile(ours, backend="eager", fullgraph=True)
         for words in (dict(need_weights=False, attn_mask=later, is_causal=True), dict(attn_mask=later)):
             torch.testing.assert_close(compiled(x, x, x, **words), theirs(x, x, x, **words))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("nested", ["query", "keys"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_nested_tensors_are_torchs(nested: str, batch_first: bool, device: torch.device) -> None:
+    ours, theirs = layers(device, 8, 2, batch_first=batch_first)
+    ragged = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(2, 8)], device=device)
+    dense = torch.randn(2, 3, 8, device=device)
+    arguments = (ragged,) * 3 if nested == "query" else (dense, ragged, ragged)
+    outcomes = []
+    for layer in (ours.eval(), theirs.eval()):
+        with torch.no_grad(), fastlayers.policy("auto"):
+            try:
+                outcomes.append(layer(*arguments, need_weights=False)[0].to_padded_tensor(0.0))
+            except Exception as error:
+                outcomes.append(f"{type(error).__name__}: {error}")
+    if isinstance(outcomes[1], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        torch.testing.assert_close(*outcomes)

@@ -15,6 +15,7 @@ from convolutions import pair
 
 import fastlayers
 from fastlayers import nn
+from fastlayers.kernels.runtime import launch as _launch
 from fastlayers.kernels.runtime import tiles as _tiles
 from fastlayers.kernels.runtime.tiles import Tile
 from fastlayers.testing import assert_within_budget
@@ -259,3 +260,28 @@ def test_under_autocast(device: torch.device, launched: list[str]) -> None:
     assert mine.dtype == other.dtype
     assert_within_budget(mine, other, exact)
     assert MEASURED in launched
+
+
+def test_a_kernel_that_does_not_fit_gives_way_to_torch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running statistics move once: only the last launch would have written them."""
+    ours, theirs = pair(model("three"), device)
+    launch = _launch.launch
+
+    def no_convolution_fits(kernel: Any, *args: Any, **meta: Any) -> None:
+        if "conv" in kernel.__name__:
+            raise _launch.OutOfResources(262_176, 232_448, "shared memory")
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(_launch, "launch", no_convolution_fits)
+    x = torch.randn(3, 5, 7, 6, device=device)
+    with fastlayers.policy("auto"):
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close([*ours.buffers()], [*theirs.buffers()])
+
+
+def test_a_batch_norm_of_other_dimensions_objects_before_anything_moves(device: torch.device) -> None:
+    network = nn.Sequential(nn.Conv2d(5, 4, 3), nn.BatchNorm1d(4)).to(device)
+    with pytest.raises(ValueError, match="expected 2D or 3D input"):
+        network(torch.randn(3, 5, 7, 6, device=device))
+    assert torch.equal(network[1].running_mean, torch.zeros(4, device=device))
+    assert network[1].num_batches_tracked == 0

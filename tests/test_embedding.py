@@ -155,3 +155,15 @@ def test_a_bag_layer_of_given_weights() -> None:
     assert nn.EmbeddingBag(4, 7, _weight=weight).weight.data_ptr() == weight.data_ptr()
     indices = torch.tensor([[1, 2, 3]])
     assert torch.equal(layer(indices)[0], weight[2:].sum(0))
+
+
+def test_indices_behind_the_last_bag_have_no_gradient(device: torch.device) -> None:
+    """Not even where the first bag's gradient is infinite."""
+    weight = torch.randn(6, 5, device=device, requires_grad=True)
+    indices, offsets = torch.tensor([0, 1, 2, 3, 4], device=device), torch.tensor([0, 1, 3], device=device)
+    y = FL.embedding_bag(indices, weight, offsets, mode="sum", include_last_offset=True)
+    dy = torch.ones_like(y)
+    dy[0] = float("inf")
+    (dw,) = torch.autograd.grad(y, weight, dy)
+    assert dw[0].isinf().all()
+    assert torch.equal(dw[1:], torch.tensor([1.0, 1, 0, 0, 0], device=device)[:, None].expand(5, 5))

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import OPTIONS
 
 import fastlayers
 from fastlayers import functional as FL
+from fastlayers.ops.activation import RULES, Activation
+from fastlayers.ops.gated_mlp import _gated_mlp
 from fastlayers.testing import assert_within_budget, neighbours
 
 pytestmark = pytest.mark.filterwarnings("ignore:fuse found nothing")
@@ -227,3 +230,27 @@ def test_activations_by_name() -> None:
         FL.gated_mlp(x, gate, up, down, activation="swish")
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         FL.gated_mlp(x[:, :3], gate, up, down)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if Activation(name, OPTIONS.get(name, [()])[0]).joins])
+@pytest.mark.usefixtures("small_tiles")
+def test_every_activation_as_a_gate(name: str, device: torch.device) -> None:
+    """Those whose layers save their result, too, of which only the input is there."""
+    activation = Activation(name, OPTIONS.get(name, [()])[0])
+    tensors = [torch.randn(shape, device=device) for shape in ((5, 9), (20, 9), (20,), (20, 9), (20,), (7, 20), (7,))]
+    dy = torch.randn(5, 7, device=device)
+
+    def values(function: Callable[..., Any], given: Any, dy: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in given]
+        y = function(leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    def theirs(leaves: Any) -> torch.Tensor:
+        x, gate, gate_bias, up, up_bias, down, down_bias = leaves
+        return F.linear(activation(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias), down, down_bias)
+
+    mine = values(lambda leaves: _gated_mlp(leaves, activation), tensors, dy)
+    torchs = [values(theirs, near, dy) for near in neighbours(*tensors)]
+    exact = values(theirs, [t.double() for t in tensors], dy.double())
+    for a, *others, c in zip(mine, *torchs, exact, strict=True):
+        assert_within_budget(a, others, c)

@@ -72,7 +72,13 @@ MAY = {
     "modules.activation": {"functional", "_state", "ops.multi_head_attention"},
     "modules.rnn": {"ops.recurrent", "ops.recurrent_cells"},  # which torch.nn.functional doesn't have
     "modules.container": {"fusion.plan", "_state"},
-    "modules.transformer": {"dispatch.support", "fusion.activation", "fusion.plan", "modules"},
+    "modules.transformer": {
+        "dispatch.support",
+        "fusion.activation",
+        "fusion.plan",
+        "modules",
+        "ops.multi_head_attention",
+    },
     "_namespace": set(),
     "nn": {"functional", "modules", "_namespace"},
     "integrations": {"ops.attention"},

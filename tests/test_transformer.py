@@ -148,3 +148,29 @@ def test_compiled(device: torch.device) -> None:
     mask = torch.nn.Transformer.generate_square_subsequent_mask(4, device=device)
     args = dict(tgt_mask=mask, tgt_is_causal=True)
     torch.testing.assert_close(compiled(x, y, **args), b(x, y, **args), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [2, 4])
+def test_a_layer_alone_in_eval(padded: int, device: torch.device) -> None:
+    """As torch's without its fast path, also where all of a sequence is padding."""
+    a, b = (model.to(device).eval() for model in pair(lambda nn: nn.TransformerEncoderLayer(**sizes(batch_first=True))))
+    x, mask = torch.randn(2, 4, 8, device=device), torch.zeros(2, 4, dtype=torch.bool, device=device)
+    mask[1, :padded] = True
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            want = b(x, src_key_padding_mask=mask)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    with torch.no_grad():
+        torch.testing.assert_close(a(x, src_key_padding_mask=mask), want, rtol=1e-4, atol=1e-5)
+    assert want.isfinite().all()
+
+
+def test_a_norm_that_was_exchanged_for_a_dropout(device: torch.device) -> None:
+    """Which passes on the sum that goes in, and not what was there before the sum."""
+    a, b = pair(lambda nn: nn.TransformerEncoderLayer(**sizes(norm_first=True)))
+    a.norm2, b.norm2 = ours.Dropout(0.0), torch.nn.Dropout(0.0)
+    x = torch.randn(4, 2, 8, device=device)
+    torch.testing.assert_close(a.to(device)(x), b.to(device)(x), rtol=1e-4, atol=1e-5)

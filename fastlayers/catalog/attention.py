@@ -79,7 +79,7 @@ ROWS = (
         "kdim, vdim, bias, add_bias_kv, add_zero_attn, dropout, batch_first, unbatched input; every mask, is_causal; without the "
         "weights the kernels of scaled_dot_product_attention, which read the heads where a projection wrote them; with "
         "need_weights=True, torch's default, the scores and what they find are products of torch's: pass need_weights=False",
-        "static_k or static_v; of its attention, what scaled_dot_product_attention leaves to torch",
+        "static_k or static_v; nested tensors; of its attention, what scaled_dot_product_attention leaves to torch",
         scale=1,
         function="multi_head_attention_forward",
         speeds={

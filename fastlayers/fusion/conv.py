@@ -90,6 +90,9 @@ def _run_one(x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value], fo
 def _run_measured(arguments: Sequence[Any], norm: Any, activation: Any, format: bool | None) -> torch.Tensor | None:
     """A convolution that measures its result, then a batch normalisation in training and the activation behind it. None, and
     nothing is done, where the layers are to run one by one."""
+    images: Any = torch.nn.BatchNorm2d
+    if not isinstance(norm, images):
+        return None  # those of other dimensions object to an image, before anything is written
     mean, var = norm.running_mean, norm.running_var
     if not (norm.training or (mean is None and var is None)):
         return None

@@ -223,7 +223,7 @@ def run_with_sum(layers: Sequence[Any], x: torch.Tensor) -> tuple[Any, Any]:
     """The same, and what the last layer was given: the sum, of a row that ends in `add norm`."""
     if not everyone_is_watched():
         values: list[Any] = [value(layer) for layer in layers]
-        if None not in values:
+        if None not in values and values[-1] is not _PASSED:
             kept = [i for i, v in enumerate(values) if v is not _PASSED]
             return _run_row([layers[i] for i in kept], [values[i] for i in kept], x)
     *before, last = layers

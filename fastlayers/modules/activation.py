@@ -293,13 +293,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+
+        def reference() -> Any:
+            return nn.MultiheadAttention.forward(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+
+        if query.is_nested or key.is_nested or value.is_nested:
+            return attention.left("nested tensors", reference)
         if self._in_one_operator(query, key, value, key_padding_mask, attn_mask):
-
-            def reference() -> Any:
-                return nn.MultiheadAttention.forward(
-                    self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-                )
-
             out = self.out_proj
             return attention.inference(
                 query,
@@ -324,8 +326,6 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _in_one_operator(self, query: Any, key: Any, value: Any, *masks: Any) -> bool:
         """Whether torch's layer calls its operator for the whole of it, or may find more against it than is looked at here."""
-        if query.is_nested or key.is_nested or value.is_nested:
-            return True
         if self.training or not self.batch_first or query is not key or key is not value or query.dim() != 3:
             return False
         weight, bias, out = self.in_proj_weight, self.in_proj_bias, self.out_proj

@@ -20,6 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from ..dispatch import support
 from ..fusion import plan
 from ..fusion.activation import called
+from ..ops.multi_head_attention import numbers
 from . import activation, dropout, linear, normalization
 
 __all__ = [
@@ -97,7 +98,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return support.run_reference("transformer_encoder_layer", "nested tensors", theirs)
         if is_dynamo_compiling() or not _is_torchs(self, TransformerEncoderLayer, "_sa_block", "_ff_block"):
             return theirs()
-        masks = src_mask, src_key_padding_mask, is_causal
+        # torch makes numbers of booleans here, for which MultiheadAttention doesn't take its operator for inference.
+        masks = numbers(src_mask, src.dtype), numbers(src_key_padding_mask, src.dtype), is_causal
         x = src
         if self.norm_first:
             y = self.norm1(x)

@@ -36,6 +36,7 @@ class Conv2dMeasured(Conv2d):
     tensors = (*Conv2d.tensors, "running_mean", "running_var", "factor")
     floats = cast = Conv2d.tensors
     silent = ("running_mean", "running_var")
+    mutates_last = True
 
     class Options(NamedTuple):  # pyright: ignore[reportIncompatibleVariableOverride]
         geometry: Geometry

@@ -154,9 +154,9 @@ def _with_further(x: torch.Tensor, bias: Any, zero: bool) -> torch.Tensor:
     return torch.cat([x, x.new_zeros((n, heads, 1, d))], 2) if zero else x
 
 
-def _numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores."""
-    if mask.dtype != torch.bool:
+def numbers(mask: Any, dtype: torch.dtype) -> Any:
+    """What is added to the scores, of a mask or None."""
+    if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
 
@@ -172,10 +172,10 @@ def _merged(masks: Masks, n: int, heads: int, dtype: torch.dtype, further: int) 
         )
     found = []
     if attention is not None:
-        attention = _numbers(attention, dtype)
+        attention = numbers(attention, dtype)
         found.append(attention[None, None] if attention.dim() == 2 else attention.unflatten(0, (n, heads)))
     if padding is not None:
-        found.append(_numbers(padding, dtype)[:, None, None])
+        found.append(numbers(padding, dtype)[:, None, None])
     if further:
         found = [F.pad(mask, (0, further)) for mask in found]
     return None if not found else found[0] if len(found) == 1 else found[0] + found[1]
@@ -233,7 +233,7 @@ def _attended(
 # --- torch's functions ---------------------------------------------------------------------------------------------------------
 
 
-def _left(reason: str, call: Callable[[], Any]) -> Any:
+def left(reason: str, call: Callable[[], Any]) -> Any:
     return call() if is_dynamo_compiling() else support.run_reference("multi_head_attention_forward", reason, call)
 
 
@@ -252,7 +252,7 @@ def inference(
     features = p.out_weight.shape[-1]
     reason = _reason_against(sequences_first, sequences_first, sequences_first, features, p, masks, way)
     if reason is not None:
-        return _left(reason, reference)
+        return left(reason, reference)
     return _attended(query, query, query, p, masks, way, batch=0, unseeing=True)
 
 
@@ -324,7 +324,7 @@ def multi_head_attention_forward(
                 average_attn_weights, is_causal,
             )  # fmt: skip
 
-        return _left(reason, reference)
+        return left(reason, reference)
     if query.dim() == 3:
         return _attended(query, key, value, p, masks, way, batch=1)
     alike = key is value, query is key

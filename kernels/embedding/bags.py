@@ -77,7 +77,7 @@ def _embedding_bag_kernel(
             counted &= (index != padding_index) | (index < 0)
             exists = (index >= 0) & (index < ROWS)
             wrong |= counted & ~exists
-            offsets = (index * weight_row)[:, None] + (n * weight_column)[None, :]
+            offsets = (index * weight_row)[:, None] + (n.to(tl.int64) * weight_column)[None, :]
             mask = (counted & exists)[:, None] & (n < N)[None, :]
             row = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(ACC)
             if factors_ptr is not None:
@@ -98,12 +98,12 @@ def _members_kernel(
     order_ptr, offsets_ptr, factors_ptr, sizes_ptr, rows_ptr, products_ptr,
     COUNT, BAGS, LENGTH, STEPS, offset_stride, factor_stride, LAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program: of TILE places among the indices, the bag of each and its factor."""
+    """One program: of TILE places among the indices, the bag of each, or -1 where it belongs to none, and its factor."""
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     place = tl.load(order_ptr + i, mask=i < COUNT, other=0).to(tl.int32)
     bag = _bag_of(place, offsets_ptr, offset_stride, BAGS, LENGTH, STEPS, LAST).to(tl.int64)
     within = (i < COUNT) & (bag < BAGS)
-    tl.store(rows_ptr + i, tl.where(within, bag, 0), mask=i < COUNT)
+    tl.store(rows_ptr + i, tl.where(within, bag, -1), mask=i < COUNT)
     if products_ptr is not None:
         factor = tl.where(within, 1.0, 0.0).to(products_ptr.dtype.element_ty)
         if sizes_ptr is not None:

@@ -45,7 +45,7 @@ def _embedding_kernel(
     index = tl.load(index_ptr + m * index_stride, mask=m < COUNT, other=0).to(tl.int64)
     exists = (index >= 0) & (index < ROWS)
     inside = (m < COUNT)[:, None] & (n < N)[None, :]
-    offsets = (index * weight_row)[:, None] + (n * weight_column)[None, :]
+    offsets = (index * weight_row)[:, None] + (n.to(tl.int64) * weight_column)[None, :]
     row = tl.load(weight_ptr + offsets, mask=inside & exists[:, None], other=float("nan"))
     tl.store(out_ptr + (m[:, None] * N + n[None, :]), row, mask=inside)
 
@@ -67,9 +67,12 @@ def _starts_kernel(sorted_ptr, starts_ptr, COUNT, ROWS, STEPS, TILE: tl.constexp
 
 @triton.jit
 def _load_gradients(dy_ptr, order_ptr, factors_ptr, place, n, counted, inside, dy_row, dy_column, ACC: tl.constexpr):
-    """The rows of dy that belong to these places among the sorted indices, each times its factor if there are factors."""
+    """The rows of dy that belong to these places among the sorted indices, each times its factor if there are factors: then a row
+    of -1 is none."""
     row = tl.load(order_ptr + place, mask=counted, other=0)
-    offsets = (row * dy_row)[:, None] + (n * dy_column)[None, :]
+    if factors_ptr is not None:
+        counted &= row >= 0
+    offsets = (row * dy_row)[:, None] + (n.to(tl.int64) * dy_column)[None, :]
     dy = tl.load(dy_ptr + offsets, mask=counted[:, None] & inside[None, :], other=0.0).to(ACC)
     if factors_ptr is not None:
         factor = tl.load(factors_ptr + place, mask=counted, other=0.0)
