@@ -103,6 +103,7 @@ ROWS = (
         "nothing else",
         function="tanh",
         role=_role("tanh"),
+        scale=4,  # its gradient dy - dy y^2 is a difference of numbers of dy's size
         cases=dict(
             matrix=_matrix(lambda nn: nn.Tanh()),
         ),
