@@ -1,6 +1,9 @@
 """Activations as the kernels see them, without the operations that are built upon them."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
 
 
 class Activation(NamedTuple):
@@ -24,3 +27,9 @@ OPTIONS: dict[str, list[tuple[float, ...]]] = {
     "threshold": [(0.5, -1.0), (0.1, 20.0), (0.7, 0.7)],
 }
 """Of activations that have some, in torch's order."""
+
+
+def one_by_one(function: Callable[..., Sequence[torch.Tensor]], x: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+    """A function's results of each element by itself: torch's vectors on the CPU make NaN of gelu(inf), in some places of a
+    vector alone."""
+    return [torch.cat(results) for results in zip(*[function(one, *args) for one in x.split(1)], strict=True)]

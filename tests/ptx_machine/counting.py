@@ -32,7 +32,6 @@ import fastlayers.functional as FL
 from bench import workloads
 from fastlayers.catalog import ROWS, Case
 from fastlayers.kernels import reduce
-from fastlayers.kernels.conv import tiles as conv_tiles
 from fastlayers.kernels.matmul import matmul
 from fastlayers.kernels.matmul import tiles as matmul_tiles
 from fastlayers.kernels.matmul.tiles import Product
@@ -104,11 +103,8 @@ def _convolution(
     """
     order = torch.channels_last if last else torch.contiguous_format
     given = [torch.randn(shape).to(dtype).to(memory_format=order) for shape in (x, w)]
-    before, conv_tiles.BOX_FLOPS = conv_tiles.BOX_FLOPS, least
-    try:
+    with kernels.boxes_from(least):
         _gradients(FL.conv2d, *given, torch.randn(w[0]).to(dtype), **options)
-    finally:
-        conv_tiles.BOX_FLOPS = before
 
 
 def _convolutions(target: str) -> Iterator[Run]:

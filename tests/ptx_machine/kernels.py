@@ -210,6 +210,16 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
 }
 
 
+@contextlib.contextmanager
+def boxes_from(least: int) -> Iterator[None]:
+    """Within, convolutions of so many FLOPs and more load boxes."""
+    before, conv_tiles.BOX_FLOPS = conv_tiles.BOX_FLOPS, least
+    try:
+        yield
+    finally:
+        conv_tiles.BOX_FLOPS = before
+
+
 def _convolution(
     x_shape: tuple[int, ...],
     w_shape: tuple[int, ...],
@@ -234,12 +244,8 @@ def _convolution(
 
     reference = torch.nn.functional.conv2d
     dy = torch.randn(reference(*given, **geometry).shape).to(dtype).to(memory_format=format)
-    before, conv_tiles.BOX_FLOPS = conv_tiles.BOX_FLOPS, least
-    try:
-        with workloads.precision(precision):
-            ours = values(FL.conv2d, given, dy)
-    finally:
-        conv_tiles.BOX_FLOPS = before
+    with boxes_from(least), workloads.precision(precision):
+        ours = values(FL.conv2d, given, dy)
     exact = values(reference, [t.double() for t in given], dy.double())
     scale = values(reference, [t.double().abs() for t in given], dy.double().abs())
     torchs = zip(*(values(reference, [*close], its) for *close, its in neighbours(*given, dy)), strict=True)
@@ -258,11 +264,8 @@ def _measured(dtype: torch.dtype, last: bool, least: int) -> None:
         lambda nn: nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()),
         Floats((3, 16, 9, 8), channels_last=last),
     )
-    before, conv_tiles.BOX_FLOPS = conv_tiles.BOX_FLOPS, least
-    try:
+    with boxes_from(least):
         _forced(functools.partial(_layer, given._replace(scale=1), dtype), **_IN_PARTS, batch_norm_partials=Tile(4, 4))
-    finally:
-        conv_tiles.BOX_FLOPS = before
 
 
 def _measured_convolutions() -> Iterator[Run]:
