@@ -14,6 +14,7 @@ from .ops.averaging import *
 from .ops.batch_norm import *
 from .ops.conv import *
 from .ops.conv_transpose import *
+from .ops.distance import *
 from .ops.dropout import *
 from .ops.elementwise_loss import *
 from .ops.embedding import *

@@ -7,7 +7,6 @@ derivatives, the compiler drops the one that isn't stored.
 Sums are added up in a fixed order, without atomics: results are the same from run to run.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -296,25 +295,6 @@ def _elementwise_loss_grad_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------------
 
 
-def _collapse(shape: Sequence[int], each: Sequence[torch.Tensor | None]) -> tuple[list[int], list[list[int]]]:
-    """The sizes, and the strides of each tensor, with as few dimensions as describe all of them: neighbouring ones are one where
-    in all tensors they lie behind each other."""
-    given = [t.stride() for t in each if t is not None]
-    order = sorted([d for d, n in enumerate(shape) if n != 1], key=lambda d: -max(s[d] for s in given))
-    sizes: list[int] = []
-    strides: list[list[int]] = [[] for _ in given]
-    for d in order:
-        if sizes and all(found[-1] == s[d] * shape[d] for found, s in zip(strides, given, strict=True)):
-            sizes[-1] *= shape[d]
-            for found, s in zip(strides, given, strict=True):
-                found[-1] = s[d]
-        else:
-            sizes.append(shape[d])
-            for found, s in zip(strides, given, strict=True):
-                found.append(s[d])
-    return sizes, strides
-
-
 class _Described(NamedTuple):
     """The tensors of a launch, each of them or a copy of it, and how they lie."""
 
@@ -331,11 +311,11 @@ class _Described(NamedTuple):
 
 def _describe(shape: torch.Size, given: list[torch.Tensor | None], written: list[torch.Tensor | None]) -> _Described:
     given = [t if t is None or t.shape == shape else t.expand(shape) for t in given]
-    sizes, strides = _collapse(shape, [*given, *written])
+    sizes, strides = launch.collapse(shape, [t.stride() for t in (*given, *written) if t is not None])
     if len(sizes) > _DIMENSIONS:
         given = [None if t is None else t.contiguous() for t in given]
         written = [None if t is None else launch.empty(shape, dtype=t.dtype, device=t.device) for t in written]
-        sizes, strides = _collapse(shape, [*given, *written])
+        sizes, strides = launch.collapse(shape, [t.stride() for t in (*given, *written) if t is not None])
     flat = len(sizes) == 0 or (len(sizes) == 1 and all(s == [1] for s in strides))
     if flat:
         sizes, strides = [], [[] for _ in strides]

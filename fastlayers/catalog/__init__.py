@@ -28,6 +28,7 @@ _FAMILIES = [
         "fold",
         "elementwise_loss",
         "embedding",
+        "distance",
         "dropout",
         "recurrent",
         "attention",

@@ -7,6 +7,7 @@ from .activation import *
 from .batchnorm import *
 from .container import *
 from .conv import *
+from .distance import *
 from .dropout import *
 from .fold import *
 from .instancenorm import *

@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from ... import _torch
 
-__all__ = ["OutOfResources", "empty", "empty_like", "launch", "numbers", "vectors", "wide"]
+__all__ = ["OutOfResources", "collapse", "empty", "empty_like", "launch", "numbers", "vectors", "wide"]
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether the kernels were decorated under TRITON_INTERPRET=1, so that they run on CPU tensors, one program after another."""
@@ -119,6 +119,24 @@ def wide(*tensors: torch.Tensor | None) -> bool:
         tensor is not None and sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31
         for tensor in tensors
     )
+
+
+def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The sizes of several tensors of one shape, and the strides of each, with as few dimensions as describe all of them:
+    neighbouring ones are one where in all tensors they lie behind each other."""
+    order = sorted([d for d, n in enumerate(shape) if n != 1], key=lambda d: -max(s[d] for s in strides))
+    sizes: list[int] = []
+    collapsed: list[list[int]] = [[] for _ in strides]
+    for d in order:
+        if sizes and all(found[-1] == s[d] * shape[d] for found, s in zip(collapsed, strides, strict=True)):
+            sizes[-1] *= shape[d]
+            for found, s in zip(collapsed, strides, strict=True):
+                found[-1] = s[d]
+        else:
+            sizes.append(shape[d])
+            for found, s in zip(collapsed, strides, strict=True):
+                found.append(s[d])
+    return sizes, collapsed
 
 
 def vectors(matrix: torch.Tensor) -> bool:
