@@ -2,16 +2,16 @@
 
     dx1 = dy / n1 (x2 / n2 - y x1 / |x1|),   dx2 = dy / n2 (x1 / n1 - y x2 / |x2|).
 
-Other than torch's formula, which divides by the norms before it adds up, this one takes a single pass. The norms and y are kept, a
-number for each vector, so that the gradients are no sums.
+torch divides by the norms before it adds up. This takes a single pass, and differs where squares overflow: there torch gives 0.
+The norms and y are kept, a number for each pair of vectors, so that the gradients need no sums.
 
-The tensors are seen as (N0, N1, N2, D): positions in up to three dimensions, and a vector of D elements at each of them. A program
-takes a tile of positions by elements. There are two ways to lay it:
+The tensors are seen as (N0, N1, N2, D): positions in up to three dimensions, each with a vector of D elements. A program takes a
+tile of positions by elements, in one of two ways:
 
-- rows, where a vector's elements are neighbours in memory: any positions, each with a long piece of its vector;
-- columns, where it is the vectors that are neighbours (dim=1 of images): positions that differ in the last dimension alone.
+- rows, where the elements of a vector are neighbours in memory: any positions;
+- columns, where the vectors are neighbours, as for dim=1 of images: positions that differ in the last dimension alone.
 
-Where there are fewer positions than keep a GPU busy, several programs share the sums of one, and a second kernel adds them up.
+Where the positions are too few to keep a GPU busy, several programs share the sums of each, and a second kernel adds them up.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,8 @@ import triton.language as tl
 from .runtime import launch, tiles
 from .runtime.tiles import Tile, cdiv
 
-_ROWS = {
-    **{n: Tile(512 // n, n, warps=4) for n in (1, 2, 4, 8)},  # unaligned, so loaded element by element
-    **{n: Tile(2048 // n, n, warps=4) for n in (16, 32, 64, 128, 256, 512, 1024, 2048)},
-}
-"""m positions, n elements of their vectors at a time, by the smallest power of two that a vector fits into."""
+_ROWS = {n: Tile(m, n, warps=4) for m, n in ((128, 4), (128, 16), (32, 64), (8, 256), (2, 1024))}
+"""m positions, n elements of their vectors at a time: the largest n that a vector fills."""
 _COLUMNS = {
     "short": Tile(256, 4, warps=4),
     "few neighbours": Tile(16, 128, warps=4),
@@ -46,8 +43,8 @@ _LEAST = 4
 
 def rows_tile(d: int) -> Tile:
     """The tile for vectors whose elements are neighbours."""
-    n = min(1 << (d - 1).bit_length(), 2048)
-    return tiles.ask("cosine_rows", lambda: (_ROWS[n],)) or _ROWS[n]
+    tile = _ROWS[max([n for n in _ROWS if n <= d], default=min(_ROWS))]
+    return tiles.ask("cosine_rows", _ROWS.values) or tile
 
 
 def columns_tile(d: int, neighbours: int) -> Tile:
@@ -56,7 +53,7 @@ def columns_tile(d: int, neighbours: int) -> Tile:
         tile = _COLUMNS["few neighbours" if neighbours <= 16 else "some"]
     else:
         tile = _COLUMNS["short" if d <= 4 else "many"]
-    return tiles.ask("cosine_columns", lambda: (tile,)) or tile
+    return tiles.ask("cosine_columns", _COLUMNS.values) or tile
 
 
 @triton.jit
@@ -183,7 +180,7 @@ def _cosine_similarity_grad_kernel(
     if WIDE:
         pid, block = pid.to(tl.int64), block.to(tl.int64)
     share = pid % SHARES
-    i0, i1, i2, p, inside = _positions(pid // SHARES, POSITIONS, N1, N2, ROWS, TILE_P)
+    i0, i1, i2, _, inside = _positions(pid // SHARES, POSITIONS, N1, N2, ROWS, TILE_P)
     dy = tl.load(dy_ptr + (i0 * dy_0 + i1 * dy_1 + i2 * dy_2), mask=inside, other=0.0).to(ACC)
     offsets = i0 * y_0 + i1 * y_1 + i2 * y_2
     norm1 = tl.load(norm1_ptr + offsets, mask=inside, other=1.0).to(ACC)
@@ -252,7 +249,9 @@ def _work(x: torch.Tensor, dim: int, sizes: Sequence[int], tile: Tile, rows: boo
     return count, max(cdiv(d, share), 1), share
 
 
-def _meta(x1: torch.Tensor, x2: torch.Tensor, tile: Tile, rows: bool, *others: torch.Tensor | None) -> dict[str, object]:
+def _meta(
+    x1: torch.Tensor, x2: torch.Tensor, tile: Tile, rows: bool, *others: torch.Tensor | None
+) -> dict[str, object]:
     accumulate = torch.promote_types(torch.promote_types(x1.dtype, x2.dtype), torch.float32)
     # A program's last tile goes beyond the end, by fewer than 2**24 elements or positions.
     wide = x1.numel() >= 2**31 - 2**24 or launch.wide(x1, x2, *others)

@@ -17,8 +17,8 @@ def _pair(shape: tuple[int, ...], other: tuple[int, ...] | None = None, **option
 ROWS = (
     Row(
         "CosineSimilarity",
-        "any dim, length and strides, tensors that are broadcast or of two dtypes; both read once in each direction, of each pair "
-        "of vectors three numbers saved beside them",
+        "any dim, length and strides, tensors that are broadcast or of two dtypes; each read once in each direction, and beside "
+        "them three numbers saved of each pair of vectors",
         "a tensor without dimensions",
         operation=_cosine_similarity,
         function="cosine_similarity",
