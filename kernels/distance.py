@@ -37,7 +37,7 @@ _SHARES = Tile(32, 32, warps=4)
 
 _PROGRAMS = 4
 """Sums are shared where there would be fewer programs than this for each multiprocessor."""
-_LEAST = 4
+_LEAST = 2
 """The fewest tiles of a program that shares sums."""
 
 

@@ -38,8 +38,8 @@ ROWS = (
             volumes=_pair((3, 5, 19), dim=0),
             pairs=_pair((3, 1, 18), (1, 5, 18), dim=-1),
             channels=_pair((2, 7, 3, 5), (7, 1, 1)),
-            wide_eps=_pair((4, 3, 9), dim=-2, eps=3.0),
-            vector=_pair((523,), dim=0),
+            middle=_pair((4, 3, 9), dim=-2, eps=1e-3),
+            vector=_pair((1023,), dim=0),
         ),
     ),
 )

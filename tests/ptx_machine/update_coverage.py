@@ -1,4 +1,5 @@
-"""Makes the runs that coverage.json doesn't have yet, and writes the table of all into README.md. `--all` makes all runs anew."""
+"""Makes the runs that coverage.json doesn't have yet, and writes the table of all into README.md. `--all` makes all runs anew.
+Other arguments are pytest's: `-k "RMSNorm and sm_90"` makes those of one layer alone."""
 
 import re
 import subprocess
@@ -12,10 +13,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from ptx_machine import bridge, coverage  # noqa: E402
 
-mode = "update" if "--all" in sys.argv else "missing"
+every = "--all" in sys.argv
+chosen = [argument for argument in sys.argv[1:] if argument != "--all"]
 with tempfile.TemporaryDirectory() as folder:
-    environment = bridge.environment(Path(folder)) | {"FASTLAYERS_COVERAGE": mode}
-    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "kernels.py")]
+    environment = bridge.environment(Path(folder)) | {"FASTLAYERS_COVERAGE": "update" if every else "missing"}
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen, str(HERE / "kernels.py")]
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, env=environment, check=False)
 nothing_to_do = 5  # as pytest says it
 readme = HERE / "README.md"
