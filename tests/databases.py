@@ -102,7 +102,8 @@ def on_kernels(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             reason = decision.reason
             if decision.op not in BY_FUNCTION and (reason or "").endswith("is not one of our layers"):
                 continue  # the database builds some layers of torch.nn's
-            assert reason is None or reason in BY_FUNCTION[decision.op].falls_back, f"{decision.op} on torch: {reason}"
+            said = BY_FUNCTION[decision.op].falls_back
+            assert reason is None or reason in said, f"{decision.op} on torch: {reason}. Its row's falls_back: {said}"
     return results[0]
 
 

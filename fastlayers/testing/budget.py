@@ -103,4 +103,6 @@ def assert_within_budget(
     assert ours.dtype == first.dtype, f"{what}: dtype {ours.dtype}, torch's is {first.dtype}"
     assert ours.device == first.device, f"{what}: on {ours.device}, torch's is on {first.device}"
     found = errors(ours.detach(), [t.detach() for t in several], exact.detach(), scale)
-    assert found.within, f"{what}: (max, rms) error {found.ours}, torch's {found.torchs}, allowed {found.allowed}"
+    assert found.within, (
+        f"{what}: (max, rms) error {found.ours}, torch's {found.torchs}, allowed {found.allowed}, scale {scale}"
+    )
