@@ -23,13 +23,13 @@ import triton.language as tl
 from .runtime import launch, tiles
 from .runtime.tiles import Tile, cdiv
 
-_ROWS = {n: Tile(m, n, warps=4) for m, n in ((128, 4), (128, 16), (32, 64), (8, 256), (2, 1024))}
+_ROWS = {n: Tile(m, n, warps=4) for m, n in ((128, 4), (64, 16), (16, 64), (4, 256), (1, 1024))}
 """m positions, n elements of their vectors at a time: the largest n that a vector fills."""
 _COLUMNS = {
     "short": Tile(256, 4, warps=4),
-    "few neighbours": Tile(16, 128, warps=4),
-    "some": Tile(64, 32, warps=4),
-    "many": Tile(128, 16, warps=4),
+    "few neighbours": Tile(16, 64, warps=4),
+    "some": Tile(64, 16, warps=4),
+    "many": Tile(128, 8, warps=4),
 }
 """m neighbouring positions, n elements of their vectors at a time."""
 _SHARES = Tile(32, 32, warps=4)

@@ -78,6 +78,16 @@ def unusable(tensors: Iterable[Any]) -> str | None:
     return unsupported_device(first.device)
 
 
+def of_one_shape(a: Any, b: Any) -> tuple[Any, Any]:
+    """Both tensors in the shape to which they broadcast. What torch would raise an error for is returned as it is."""
+    if not (is_plain(a) and is_plain(b)) or a.shape == b.shape:
+        return a, b
+    try:
+        return tuple(torch.broadcast_tensors(a, b))
+    except RuntimeError:
+        return a, b
+
+
 def observed() -> str | None:
     """Who watches or transforms this call in a way that a kernel would escape."""
     if torch.compiler.is_compiling() and (not torch.compiler.is_dynamo_compiling() or _torch.exporting()):

@@ -9,10 +9,9 @@ import torch
 from .. import _kernels
 from .. import _torch_functional as F
 from ..dispatch import autocast
-from ..dispatch.support import BadInput, unsupported_dtype
+from ..dispatch.support import BadInput, of_one_shape, unsupported_dtype
 from ..operation import Operation
 from ..values import Named, Needs, Out, Tensors
-from .elementwise_loss import _of_one_shape
 
 if TYPE_CHECKING or _kernels.MISSING is None:
     from ..kernels import distance as kernels
@@ -116,5 +115,5 @@ def cosine_similarity(x1: torch.Tensor, x2: torch.Tensor, dim: int = 1, eps: flo
     """
     if type(dim) is not int or not isinstance(eps, (int, float)):
         return _cosine_similarity.refused((x1, x2), (dim, eps, None), f"dim {dim!r} or eps {eps!r}")
-    x1, x2 = _of_one_shape(x1, x2, warn=False)
+    x1, x2 = of_one_shape(x1, x2)
     return _cosine_similarity((x1, x2), dim, float(eps), None)

@@ -224,21 +224,15 @@ def _elsewhere(function: Callable[..., torch.Tensor], reason: str, *args: Any, *
 
 
 def _of_one_shape(input: Any, target: Any, warn: bool) -> tuple[Any, Any]:
-    """Both tensors in the shape to which they broadcast, with the warning that torch gives where one isn't meant to rely on it.
-    What torch would raise an error for is returned as it is."""
-    if not (is_plain(input) and is_plain(target)) or input.shape == target.shape:
-        return input, target
-    if warn:
+    """`support.of_one_shape`, with the warning that torch gives where one isn't meant to rely on it, and then torch's error."""
+    if warn and is_plain(input) and is_plain(target) and input.shape != target.shape:
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size.",
             stacklevel=3,
         )
         return tuple(torch.broadcast_tensors(input, target))
-    try:
-        return tuple(torch.broadcast_tensors(input, target))
-    except RuntimeError:
-        return input, target
+    return support.of_one_shape(input, target)
 
 
 def mse_loss(
