@@ -190,7 +190,7 @@ def test_imports_keep_to_the_storeys(path: Path) -> None:
     name = name_of(path)
     storey = max((s for s in MAY if within(name, {s})), key=len)
     for imported in ours(path):
-        assert within(imported, MAY[storey]), imported
+        assert within(imported, MAY[storey]), f"{storey} may import {sorted(MAY[storey])}, not {imported}"
     for imported in imports(path):
         top = imported.split(".")[0]
         assert top != "kernels", "Hugging Face ships a package of this name"
