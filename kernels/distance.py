@@ -2,7 +2,8 @@
 
     dx1 = dy / n1 (x2 / n2 - y x1 / |x1|),   dx2 = dy / n2 (x1 / n1 - y x2 / |x2|).
 
-torch divides by the norms before it adds up. This takes a single pass, and differs where squares overflow: there torch gives 0.
+torch divides by the norms before it adds up. This takes a single pass. They differ where squares add up to infinity: there torch
+gives 0, and this 0 or NaN.
 The norms and y are kept, a number for each pair of vectors, so that the gradients need no sums.
 
 The tensors are seen as (N0, N1, N2, D): positions in up to three dimensions, each with a vector of D elements. A program takes a
