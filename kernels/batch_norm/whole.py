@@ -83,7 +83,7 @@ def _whole_kernel(
     else:
         mean = tl.div_rn(mean, total)
     x -= mean[:, None, None]
-    # tl.where, because a product must not be summed directly: `_whole_grad_kernel` says why.
+    # Not the product itself is summed: see the gradient.
     square = tl.sum(tl.sum(tl.where(inside, x * x, 0.0), axis=2), axis=1)
     rstd = tl.rsqrt(square / total + eps)
     if mean_ptr is not None:
