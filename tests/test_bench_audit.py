@@ -396,3 +396,13 @@ def test_flops_of_the_cases_agree_with_torchs_counter() -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         torch.nn.Conv2d(256, 256, 3, stride=2, padding=1)(torch.empty(32, 256, 56, 56))
     assert case.work.flops == counter.get_total_flops()
+
+
+def test_a_name_that_no_kernel_has_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(audit._launch, "INTERPRETED", False)
+    monkeypatch.setattr(audit, "cases", lambda target: [])
+    with pytest.raises(SystemExit):
+        audit.main(["--match", "nothing"])
+    assert "'nothing' names 0 kernels" in capsys.readouterr().err
