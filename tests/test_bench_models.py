@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from small_workloads import fake_gpu
 from torch import nn
 
 from bench import model_plan, models, real_models, run
+from bench.providers import seeded
 from bench.real_models import MODELS, WAYS, Model, Way
 
 __all__ = ["fake_gpu"]  # a fixture
@@ -115,20 +115,13 @@ def test_ways_compute_the_same(training: bool, device: torch.device, monkeypatch
     found = {}
     for name, way in WAYS.items():
         if way.why_not("tiny", TINY) is None and way.tier == 0:
-            with way.settings(TINY), real_models_seeded(), torch.set_grad_enabled(training):
+            with way.settings(TINY), seeded(device, 0), torch.set_grad_enabled(training):
                 whole = TINY.whole(device).train(training)
                 x, classes = TINY.inputs(device)
                 found[name] = way.change(whole)(x, classes)
     assert {"eager", "accelerate", "fuse", "patched"} == {*found}
     for name, loss in found.items():
         assert abs(loss.item() - found["eager"].item()) <= models.STRAYS * found["eager"].item(), name
-
-
-@contextlib.contextmanager
-def real_models_seeded() -> Any:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
 
 
 def test_a_run(tiny: None, fake_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
