@@ -74,6 +74,7 @@ class Running:
                     self.row["saved_bytes"] = saved()
                 del result
             call()
+            optimizer.zero_grad()
             with clock.peak_memory() as peak:
                 call()
             self.row["peak_bytes"] = peak()

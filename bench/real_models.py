@@ -138,15 +138,15 @@ MODELS: dict[str, Model] = {
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is run. `change` makes of it what is called; `kind` is "torch", "ours" or "other"; `planned`: what it launches
-    can be told without a GPU; `tier` as of `providers.Provider`."""
+    """How a model is run. `change` makes of it what is called, `around` is entered whenever it is made or called; `kind` is
+    "torch", "ours" or "other"; `planned`: what it launches can be told without a GPU; `tier` as of `providers.Provider`."""
 
     kind: str
     change: Callable[[Whole], Callable[..., torch.Tensor]] = lambda whole: whole
     takes: Callable[[str, Model], bool] = lambda name, model: True
     package: str | None = None
     planned: bool = False
-    patched: bool = False
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     tier: int = 0
 
     def why_not(self, name: str, model: Model) -> str | None:
@@ -160,7 +160,7 @@ class Way:
         """To be entered around the making of the model and each call of it."""
         with (
             fastlayers.policy("auto" if self.kind == "ours" else "torch"),
-            fastlayers.patched() if self.patched else contextlib.nullcontext(),
+            self.around(),
             model.settings(),
         ):
             yield
@@ -189,17 +189,22 @@ def _compiled(whole: Whole) -> Callable[..., torch.Tensor]:
     return torch.compile(whole, dynamic=False)
 
 
-def _liger(whole: Whole) -> Whole:
-    importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(model=whole.model)
-    return whole
+@contextlib.contextmanager
+def _liger() -> Iterator[None]:
+    """Liger-Kernel replaces names in transformers' module of Llama, and the model's forward. At the end all is as it was."""
+    llama = importlib.import_module("transformers.models.llama.modeling_llama")
+    causal = llama.LlamaForCausalLM
+    with mock.patch.dict(vars(llama)), mock.patch.object(causal, "forward", causal.forward):
+        importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
+        yield
 
 
 WAYS: dict[str, Way] = {
     "eager": Way("torch", planned=True),
     "accelerate": Way("ours", accelerated, planned=True),
     "fuse": Way("ours", fused, takes=lambda name, model: model.traced, planned=True),
-    "patched": Way("ours", accelerated, planned=True, patched=True),
-    "Liger": Way("other", _liger, takes=lambda name, model: name == "Llama 1B", package="liger_kernel"),
+    "patched": Way("ours", accelerated, planned=True, around=fastlayers.patched),
+    "Liger": Way("other", around=_liger, takes=lambda name, model: name == "Llama 1B", package="liger_kernel"),
     "compile": Way("torch", _compiled, tier=1),
     "accelerate, compile": Way("ours", lambda whole: _compiled(accelerated(whole)), tier=1),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,29 @@ def test_ways_compute_the_same(training: bool, device: torch.device, monkeypatch
     assert {"eager", "accelerate", "fuse", "patched"} == {*found}
     for name, loss in found.items():
         assert abs(loss.item() - found["eager"].item()) <= models.STRAYS * found["eager"].item(), name
+
+
+def test_liger_leaves_no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Causal:
+        def forward(self) -> str:
+            return "torch"
+
+    llama = types.ModuleType("llama")
+    vars(llama).update(LlamaForCausalLM=Causal, rope="torch")
+
+    def apply() -> None:
+        llama.rope = "Liger"  # type: ignore[attr-defined]
+        Causal.forward = lambda self: "Liger"  # type: ignore[method-assign]
+
+    monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", llama)
+    liger = types.SimpleNamespace(apply_liger_kernel_to_llama=apply)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    for _ in range(2):
+        assert (llama.rope, Causal().forward()) == ("torch", "torch")
+        with WAYS["Liger"].settings(TINY):
+            assert (llama.rope, Causal().forward()) == ("Liger", "Liger")
+    assert (llama.rope, Causal().forward()) == ("torch", "torch")
+    assert WAYS["Liger"].why_not("GPT-2", MODELS["GPT-2"]) == "doesn't apply"
 
 
 def test_a_run(tiny: None, fake_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
