@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +182,9 @@ def accelerated(whole: Whole) -> Whole:
 def fused(whole: Whole) -> Whole:
     """What `fastlayers.fuse` finds in the accelerated model besides."""
     accelerated(whole)
-    whole.model = fastlayers.fuse(whole.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it finds little, or nothing, is what the rows say
+        whole.model = fastlayers.fuse(whole.model)
     return whole
 
 
