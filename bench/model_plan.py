@@ -23,6 +23,7 @@ Row = dict[str, Any]
 Rows = dict[str, Row]
 
 FILE = Path(__file__).parent / "models.json"
+DOCS = Path(__file__).parent.parent / "docs" / "measured.md"
 GPU = "H200"
 """For which tiles are picked."""
 _PLANNED = {name: way for name, way in WAYS.items() if way.planned}
@@ -85,6 +86,13 @@ def write(made_with: dict[str, str], rows: Rows, path: Path = FILE) -> None:
     order = [label(key) for key in planned()]
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in order if key in rows)
     path.write_text(f'{{"versions": {json.dumps(_sorted(made_with))}, "rows": {{\n{lines}\n}}}}\n')  # type: ignore[arg-type]
+
+
+def document(rows: Rows, path: Path = DOCS) -> None:
+    """Put the table in the place of the one in docs/measured.md."""
+    before, _, rest = path.read_text().partition("\n| model | pass |")
+    after = rest.partition("\n\n")[2]
+    path.write_text(f"{before}\n{table(rows)}\n\n{after}")
 
 
 def compare(row: Row, base: Row | None) -> list[str]:

@@ -4,9 +4,9 @@
     python -m bench models [--minutes 20] [--out DIR] [--match REGEX]
 
 `--plan` says what each pass would launch, compute, move and save; with `--match` it names kernels and operators, and says what is
-left to torch and why. Exit status 1 where a row isn't as committed in bench/models.json; `--update` makes the rows the committed
-ones. Models whose package isn't installed are named and left out; rows of other versions of torch, triton and the package aren't
-compared.
+left to torch and why. Exit status 1 where a row isn't as committed in bench/models.json. `--update` makes the rows the committed
+ones, and their table that of docs/measured.md. Models whose package isn't installed are named and left out; rows of other
+versions of torch, triton and the package aren't compared.
 
 Without it, the passes are timed on this machine's GPU: GPU time and wall time, the share of it that the GPU is idle, peak
 memory and saved bytes. Every row is written as soon as it is measured (DIR/models.jsonl), and a table at the end (DIR/models.md).
@@ -212,11 +212,14 @@ def plan(match: str, update: bool) -> int:
         print(f"\n{model_plan.details(rows)}")
     if update:
         model_plan.write(made_with, committed | rows)
-        print(f"wrote {model_plan.FILE.name}: {len(rows)} rows")
+        model_plan.document(model_plan.read()[1])
+        print(
+            f"wrote {len(rows)} rows into {model_plan.FILE.name}, and the table of all into docs/{model_plan.DOCS.name}"
+        )
     for line in wrong:
         print(f"CHANGED {line}")
     if wrong:
-        print("Where that is meant: python -m bench models --plan --update, and the table in docs/measured.md")
+        print("Where that is meant: python -m bench models --plan --update")
     return 1 if wrong or not rows else 0
 
 

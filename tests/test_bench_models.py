@@ -19,8 +19,6 @@ from bench.real_models import MODELS, WAYS, Model, Way
 
 __all__ = ["fake_gpu"]  # a fixture
 
-DOCS = Path(__file__).parent.parent / "docs" / "measured.md"
-
 
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.package is None])
 def test_plan_is_as_committed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +31,7 @@ def test_every_row_is_committed_and_in_the_docs() -> None:
     made_with, rows = model_plan.read()
     assert [*rows] == [model_plan.label(key) for key in model_plan.planned()]
     assert {"torch", "triton", "timm", "transformers"} == {*made_with}
-    assert model_plan.table(rows) in DOCS.read_text(), "docs/measured.md says how its table is made"
+    assert model_plan.table(rows) in model_plan.DOCS.read_text(), "python -m bench models --plan --update"
 
 
 def test_ours_save_no_more_than_torch() -> None:
@@ -64,9 +62,11 @@ def test_differences_are_said_in_words() -> None:
 @pytest.fixture
 def one_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A plan of one row, and a file that it is held against."""
-    file = tmp_path / "models.json"
+    file, docs = tmp_path / "models.json", tmp_path / "measured.md"
+    docs.write_text("before\n\n| model | pass |\n|---|---|\n| old | step |\n\nbehind\n")
     monkeypatch.setattr(model_plan, "read", lambda read=model_plan.read: read(file))
     monkeypatch.setattr(model_plan, "write", lambda *args, write=model_plan.write: write(*args, file))
+    monkeypatch.setattr(model_plan, "document", lambda rows, write=model_plan.document: write(rows, docs))
     monkeypatch.setattr(model_plan, "plan", lambda *key: ROW)
     return file
 
@@ -77,6 +77,11 @@ def test_update_and_what_follows(
     arguments = ["--plan", "--match", r"MLP \| step \| eager"]
     assert models.main([*arguments, "--update"]) == 0
     assert list(json.loads(one_row.read_text())["rows"]) == ["MLP | step | eager"]
+    table = model_plan.table({"MLP | step | eager": ROW})
+    docs = one_row.with_name("measured.md")
+    assert docs.read_text() == f"before\n\n{table}\n\nbehind\n"
+    assert models.main([*arguments, "--update"]) == 0
+    assert docs.read_text() == f"before\n\n{table}\n\nbehind\n"
     assert models.main(arguments) == 0
     monkeypatch.setattr(model_plan, "plan", lambda *key: ROW | {"GB": 2.0})
     capsys.readouterr()
