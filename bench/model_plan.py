@@ -69,10 +69,14 @@ def _sorted(counts: dict[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+def versions_of(name: str) -> list[str]:
+    """The packages that a model's rows depend on besides this checkout."""
+    return ["torch", "triton", *filter(None, [MODELS[name].package])]
+
+
 def versions(name: str) -> dict[str, str]:
-    """What a model's rows depend on besides this checkout."""
-    packages = ["torch", "triton", *filter(None, [MODELS[name].package])]
-    return {package: importlib.metadata.version(package).partition("+")[0] for package in packages}
+    """Of these packages, those that are installed."""
+    return {package: importlib.metadata.version(package).partition("+")[0] for package in versions_of(name)}
 
 
 def read(path: Path = FILE) -> tuple[dict[str, str], Rows]:

@@ -196,7 +196,7 @@ def plan(match: str, update: bool) -> int:
             here = model_plan.versions(name)
             if update:
                 made_with |= here
-            elif here.items() <= made_with.items():
+            elif all(made_with.get(package, version) == version for package, version in here.items()):
                 wrong += [
                     f"{key}: {what}"
                     for key, row in found.items()
