@@ -9,6 +9,7 @@ COMMANDS = {
     "audit": "compile every kernel for every target and read the machine code; no GPU needed",
     "counters": "run each kernel in an emulator and count sectors, bank conflicts, instructions; no GPU needed",
     "host": "the CPU's time for one call; no GPU needed",
+    "models": "whole models, timed on this machine's GPU; with --plan what they would launch and save, no GPU needed",
     "run": "time everything on this machine's GPU (what no command means)",
     "tune": "search tiles on this machine's GPU and write the rows of kernels/runtime/tiles.py",
     "picks": "time every way to compute one thing on this machine's GPU beside the one that is picked",

@@ -5,10 +5,10 @@
 #
 # What only a GPU can answer first (tests/test_gpu.py), then the other tests (together a third of the time at most),
 # compute-sanitizer over a few of them, every way to compute a product or a convolution beside the one that is picked (a
-# quarter of what is left), then the benchmark, the most telling rows first. Every step writes into RESULTS_DIR as it
-# goes: stopped at any minute, what was done is there. The exit status is 1 if a test failed, if the sanitizer found
-# something, or if nothing could be measured. FASTLAYERS_COMMIT names the commit in the results where the copy has no git
-# history.
+# quarter of what is left), whole models (a fifth), then the benchmark, the most telling rows first. Every step writes
+# into RESULTS_DIR as it goes: stopped at any minute, what was done is there. The exit status is 1 if a test failed, if
+# the sanitizer found something, or if nothing could be measured. FASTLAYERS_COMMIT names the commit in the results where
+# the copy has no git history.
 set -uo pipefail
 
 minutes=20
@@ -121,6 +121,18 @@ else
     code=$?
     [[ $code -eq 0 ]] || { note "picks: ended with status $code (picks.log)"; status=1; }
     note "$(grep -E '^(linear|conv2d): ' "$results/picks.log" | sed 's/^/picks: /')"
+fi
+
+if [[ $(left) -lt 240 ]]; then
+    note "whole models: left out, too little time"
+else
+    # Without transformers and timm, those of torch alone.
+    own=$(($(left) / 5))
+    timeout --kill-after=10 $((own + 60)) "$python" -m bench models --minutes "$((own / 60)).$((own % 60 / 6))" \
+        --out "$results/models" >"$results/models.log" 2>&1
+    code=$?
+    [[ $code -eq 0 ]] || { note "whole models: ended with status $code (models.log)"; status=1; }
+    [[ ! -s $results/models/models.md ]] || note "$(sed 's/^/whole models: /' "$results/models/models.md")"
 fi
 
 seconds=$(($(left) - 15))

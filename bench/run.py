@@ -199,7 +199,8 @@ def environment(argv: list[str]) -> dict[str, Any]:
     }
 
 
-def _folder(env: dict[str, Any]) -> Path:
+def folder(env: dict[str, Any]) -> Path:
+    """Where the results of a run go that says nothing else."""
     gpu = re.sub(r"[^a-z0-9]+", "-", env["gpu"].lower()).strip("-")
     return RESULTS / gpu / f"{env['time'][:16].replace(':', '')}-{env['commit'] or 'unknown'}"
 
@@ -234,7 +235,7 @@ def main(argv: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     env = environment(argv)
-    out: Path = options.out or _folder(env)
+    out: Path = options.out or folder(env)
     out.mkdir(parents=True, exist_ok=True)
     available = [provider for provider in PROVIDERS if provider.name not in env["absent"]]
     if options.providers:

@@ -175,6 +175,10 @@ elif args[:2] == ["-m", "fastlayers"]:
     print("self-check")
 elif args[:3] == ["-m", "bench", "picks"]:
     print("linear: picks take 1.020x the best way")
+elif args[:3] == ["-m", "bench", "models"]:
+    out = args[args.index("--out") + 1]
+    os.makedirs(out)
+    open(out + "/models.md", "w").write("a table")
 elif args[:2] == ["-m", "bench"] and args[2] != "report":
     out = args[args.index("--out") + 1]
     os.makedirs(out)
@@ -216,6 +220,7 @@ def test_script_reports_a_benchmark_that_was_killed(tmp_path: Path, results: dic
     assert re.search(r"tests-of-the-gpu: .*1 passed", summary)
     assert re.search(r"tests: .*1 passed", summary)
     assert "picks: linear: picks take 1.020x the best way" in summary
+    assert "whole models: a table" in summary
     assert "compute-sanitizer: not on this machine" in summary
     assert "benchmark: ended with status 137" in summary
     assert "2 of 4 workloads are slower" in done.stdout

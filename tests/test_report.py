@@ -54,6 +54,71 @@ def test_flops_are_those_that_torch_counts(accelerate: bool) -> None:
     assert found.flops == float(accelerate)
 
 
+@pytest.mark.parametrize("conv", [nn.Conv2d, nn.ConvTranspose2d])
+def test_flops_of_groups(conv: type[nn.Conv2d]) -> None:
+    """Torch's own count of the gradients takes no account of them."""
+    x, flops = torch.randn(2, 4, 9, 9, requires_grad=True), {}
+    for groups in (1, 2):
+        ours, theirs = (fastlayers.report(conv(4, 6, 3, groups=groups), x, accelerate=a) for a in (True, False))
+        flops[groups] = sum(line.work.flops for line in theirs)
+        assert flops[groups] == sum(line.work.flops for line in ours)
+    assert flops[1] == 2 * flops[2]
+
+
+class Attends(nn.Module):
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(*tensors)
+
+
+def test_torchs_attention_is_one_kernel() -> None:
+    """As on CUDA: the weights stay within it, and are computed again in the backward."""
+    q, k, v = (torch.randn(2, 3, rows, 8, requires_grad=True) for rows in (5, 7, 7))
+    found = fastlayers.report(Attends(), q, k, v)
+    assert found.operators == {"scaled_dot_product_attention": 1, "scaled_dot_product_attention_backward": 1}
+    product = 2 * 2 * 3 * 5 * 7 * 8
+    assert [line.work.flops for line in found] == [2 * product, 5 * product]
+    output, lse = 4 * q.numel(), 4 * 2 * 3 * 5
+    assert found.saved == output + lse
+    assert found.lines[0].work.bytes == 4 * (q.numel() + 2 * k.numel()) + output + lse
+
+
+def test_attention_that_torch_has_no_kernel_for() -> None:
+    q = torch.randn(2, 3, 5, 8, requires_grad=True)
+    learned = torch.randn(2, 3, 5, 5, requires_grad=True)
+    for tensors in ((q, q, q, learned), (q.double(), q.double(), q.double())):
+        assert "bmm" in fastlayers.report(Attends(), *tensors).operators
+
+
+class Looks(nn.Module):
+    """As transformers' models look at positions and masks."""
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        steps[0] += 1
+        gap = (torch.diff(steps) != 1).any()
+        return mask.float() if mask.bool().all() and gap else mask.float().exp()
+
+
+def test_integers_have_values() -> None:
+    mask = torch.ones(2, 4, dtype=torch.int64)
+    assert "exp" not in fastlayers.report(Looks(), mask).operators
+    mask[1, 3] = 0
+    assert "exp" in fastlayers.report(Looks(), mask).operators
+    assert mask.sum() == 7  # the report works on a copy
+
+
+class Decides(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = torch.zeros(3, dtype=torch.int64, device=x.device)
+        chosen.copy_(x)
+        return x if chosen.sum().item() else -x
+
+
+def test_what_follows_from_floating_point_numbers_is_not_known() -> None:
+    with pytest.raises(RuntimeError, match="without the values of its tensors"):
+        fastlayers.report(Decides(), torch.ones(3))
+
+
 def test_bytes_of_a_linear_layer() -> None:
     """Forward: input, weight, bias and result. Backward: the result's gradient, input and weight, and two gradients, since the
     input needs none."""

@@ -140,9 +140,9 @@ def meta_is_gpu(path: policy.Path = "triton") -> Iterator[None]:
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Within, our layers take no notice of a TorchDispatchMode, which sees torch's operators alone."""
-    modes = (_torch, "dispatch_modes", lambda: 0)
-    with _replaced(modes, (_torch, "unseen", lambda: True), (operation, "unseen", lambda: True)):
+    """Within, our layers take no notice of a TorchDispatchMode or TorchFunctionMode, which see what is torch's alone."""
+    modes = (_torch, "dispatch_modes", lambda: 0), (_torch, "function_mode", lambda: False)
+    with _replaced(*modes, (_torch, "unseen", lambda: True), (operation, "unseen", lambda: True)):
         yield
 
 

@@ -6,21 +6,22 @@ seen by a TorchDispatchMode, and counted as torch's FlopCounterMode does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import flop_registry
 
 from .. import _kernels, convert
-from .._torch import TorchDispatchMode, tree_leaves, tree_map
+from .._torch import tree_map
 from ..dispatch import explain as explaining
 from ..dispatch.explain import Explanation
 from ..dispatch.table import columns
 from ..fusion.trace import fuse as fused
 from . import gpus
 from .gpus import GPUS, Work
+from .operators import Attention, Operators, Values, tensors_in
 
 
 class Line(NamedTuple):
@@ -40,10 +41,6 @@ class Line(NamedTuple):
         return _sum((self.forward, self.backward))
 
 
-BACKWARD = "(backward)"
-"""Stands for the module of torch's operators in the backward, which aren't known by module."""
-
-
 @dataclass(frozen=True)
 class Report:
     """What `report` found. Prints as a table."""
@@ -52,8 +49,10 @@ class Report:
     """In the order of the calls. The last one stands for the operators of torch's backwards."""
     saved: int
     """Bytes that the forward keeps for the backward, parameters and inputs not counted."""
-    launches: int
-    """Kernels of ours that a forward and backward launch."""
+    kernels: dict[str, int]
+    """The kernels of ours that a forward and backward launch, and how often."""
+    operators: dict[str, int]
+    """The same of torch's operators, each of which launches one kernel or several."""
     gpu: str
     arithmetic: str
     conversions: convert.Conversions | None = field(default=None, repr=False)
@@ -63,6 +62,11 @@ class Report:
 
     def __len__(self) -> int:
         return len(self.lines)
+
+    @property
+    def launches(self) -> int:
+        """How many kernels of ours a forward and backward launch."""
+        return sum(self.kernels.values())
 
     def milliseconds(self, work: Work) -> float:
         """The least time on the GPU, as `gpus.least_milliseconds`."""
@@ -120,42 +124,6 @@ def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-class _Operators(TorchDispatchMode):
-    """Counts torch's operators by the module that calls them."""
-
-    def __init__(self, calls: list[Any], make: Callable[..., Any]):
-        super().__init__()
-        self.calls, self.make = calls, make
-        self.backward = False
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        packet = function.overloadpacket
-        if getattr(function, "is_view", False) or packet.__name__ in _FREE:
-            return result
-        counter = flop_registry.get(packet)
-        flops = counter(*args, **kwargs, out_val=result) if counter is not None else 0
-        moved = (*_tensors((args, kwargs)), *_tensors(result))
-        if not moved:
-            return result
-        work, nothing = Work(flops, sum(t.numel() * t.element_size() for t in moved)), Work(0, 0)
-        if self.backward:
-            self.calls.append(self.make(packet.__name__, BACKWARD, False, nothing, work))
-        else:
-            module = explaining.recorder.module if explaining.recorder is not None else ""
-            self.calls.append(self.make(packet.__name__, module, False, work, nothing))
-        return result
-
-
-_FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view"}
-"""Operators that compute nothing."""
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
 def report(
     model: torch.nn.Module,
     *args: Any,
@@ -167,14 +135,16 @@ def report(
 ) -> Report:
     """Run a copy of `model` on meta tensors, which compute nothing, and say what it would do on a GPU.
 
-    Shape, Dtype: whatever the model takes. The values of tensors are not there: a model that looks at them can't be reported.
+    Shape, Dtype: whatever the model takes. A model that looks at values can be reported where they are integers or booleans that
+        follow from the inputs (positions, masks), not where they are floating-point numbers, which aren't there.
     Args:
         model: any module. It stays as it is, and on its device; a backward is counted if parameters or inputs require grad.
         gpu: one of `fastlayers.reporting.gpus.GPUS`, for the roofline.
         dtype: convert the copy and its floating-point inputs.
         accelerate: as by `fastlayers.accelerate`; False: as the model is.
         fuse: as by `fastlayers.fuse`, after that.
-    Of what is torch's, the operators are those that it runs on meta tensors: attention, for instance, in several.
+    Of what is torch's, the operators are those that it runs on meta tensors, but for attention, which counts as the one kernel
+    that torch has for it on CUDA.
 
     Raises:
         ValueError: for another GPU.
@@ -187,23 +157,19 @@ def report(
     from . import dry_run
 
     model = dry_run.on_meta(model)
-    args, kwargs = tree_map(lambda x: _on_meta(x, dtype), (args, kwargs))
+    values = Values()
+    args, kwargs = tree_map(lambda x: values.on_meta(x, dtype), (args, kwargs))
     if dtype is not None:
         model.to(dtype)
     conversions = convert.accelerate(model) if accelerate else None
     target = fused(model) if fuse else model
-    return _run(target, args, kwargs, gpu, conversions, dry_run)
+    return _run(target, args, kwargs, gpu, conversions, values)
 
 
-def _on_meta(x: Any, dtype: torch.dtype | None) -> Any:
-    if not isinstance(x, torch.Tensor):
-        return x
-    new = torch.empty_like(x, device="meta", dtype=dtype if dtype is not None and x.is_floating_point() else None)
-    return new.requires_grad_(x.requires_grad)
+def _run(model: Any, args: Any, kwargs: Any, gpu: str, conversions: Any, values: Values) -> Report:
+    from . import dry_run
 
-
-def _run(model: Any, args: Any, kwargs: Any, gpu: str, conversions: Any, dry_run: Any) -> Report:
-    state = [*model.parameters(), *model.buffers(), *_tensors((args, kwargs))]
+    state = [*model.parameters(), *model.buffers(), *tensors_in((args, kwargs))]
     given = {t.untyped_storage()._cdata for t in state}
     kept: dict[int, int] = {}
 
@@ -217,12 +183,12 @@ def _run(model: Any, args: Any, kwargs: Any, gpu: str, conversions: Any, dry_run
 
     def forward() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            results.extend(t for t in _tensors(model(*args, **kwargs)) if t.requires_grad)
+            results.extend(t for t in tensors_in(model(*args, **kwargs)) if t.requires_grad)
 
     try:
         with dry_run.noting(dry_run.device_of(GPUS[gpu]), path="auto") as noted, dry_run.unwatched():
-            operators = _Operators(noted.calls, dry_run.Call)
-            with operators:
+            operators = Operators(noted.calls, dry_run.Call, values)
+            with operators, Attention(operators):
                 explanation = explaining.explain_within(model, forward)
                 operators.backward = True
                 if results:
@@ -234,7 +200,9 @@ def _run(model: Any, args: Any, kwargs: Any, gpu: str, conversions: Any, dry_run
     dtype = next((t.dtype for t in state if t.is_floating_point()), torch.float32)
     arithmetic = {torch.float32: "ieee", torch.float64: "64"}.get(dtype, "16")
     lines = tuple(_lines(noted.calls, explanation))
-    return Report(lines, sum(kept.values()), len(noted.launches), gpu, arithmetic, conversions)
+    kernels = Counter(_kernels.launch.name_of(launch.kernel) for launch in noted.launches)
+    left = Counter(call.label for call in noted.calls if not call.ours)
+    return Report(lines, sum(kept.values()), dict(kernels), dict(left), gpu, arithmetic, conversions)
 
 
 def _lines(calls: list[Any], explanation: Explanation) -> Iterator[Line]:

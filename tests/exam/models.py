@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from bench.packages import missing, package
 
 
 class Exam(NamedTuple):
@@ -30,29 +28,6 @@ class Exam(NamedTuple):
 
 
 EXAMS: dict[str, Exam] = {}
-
-
-def package(name: str) -> Any:
-    """The package, imported with its warnings unheard: they aren't ours to judge."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _timm() if name == "timm" else importlib.import_module(name)
-
-
-def _timm() -> Any:
-    """timm imports torchvision, for images and data sets that no model needs. PyPI's build works with CUDA's torch alone, so that
-    where it is missing something stands in for it during the import."""
-    if "timm" in sys.modules or importlib.util.find_spec("torchvision") is not None:
-        return importlib.import_module("timm")
-    within = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".utils")
-    names = [f"torchvision{name}" for name in within]
-    for name in names:
-        sys.modules[name] = mock.MagicMock(FrozenBatchNorm2d=type("FrozenBatchNorm2d", (nn.Module,), {}))
-    try:
-        return importlib.import_module("timm")
-    finally:
-        for name in names:
-            del sys.modules[name]
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -324,6 +299,4 @@ EXAMS["transformer"] = Exam(
 
 def available(exam: Exam) -> str | None:
     """Why an exam can't be held here."""
-    if importlib.util.find_spec(exam.package) is None:
-        return f"{exam.package} isn't installed: pip install -c constraints.txt '.[exam]', or make exam"
-    return None
+    return missing(exam.package)

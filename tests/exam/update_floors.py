@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.insert(1, str(Path(__file__).parents[2]))  # bench
 
 from models import EXAMS
 from test_exam import FLOORS, SHARES, shares
