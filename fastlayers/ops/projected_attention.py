@@ -145,8 +145,12 @@ class ProjectedAttention(Operation):
         heads, batch, held = options.heads, options.batch, _held(saved.key, saved.value)
         q, k, v = _three(saved.query, saved.key, saved.value, heads, batch, held)
         gradients = _three(grads.query, grads.key, grads.value, heads, batch, held)
-        output = saved.output
-        dy_ = torch.zeros_like(output) if dy.output is None else dy.output
+        output, dy_ = saved.output, dy.output
+        if dy_ is None:  # then the values, on which the weights don't depend, may still be part of what has a gradient
+            dy_ = torch.zeros_like(output)
+            if gradients[2] is not None:
+                gradients[2].zero_()
+                gradients[2] = None
         kernels.attention_grad(
             in_heads(dy_, heads, batch), q, k, v, saved.attn_mask, saved.seed, in_heads(output, heads, batch), saved.lse,
             *gradients, causal=options.is_causal, dropout=options.dropout_p, scale=None, precision=precision,
