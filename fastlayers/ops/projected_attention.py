@@ -195,8 +195,9 @@ class ProjectedAttention(Operation):
         once = 2 * n * l * s * e
         if needs is None:
             return (3 if options.weights else 2) * once
-        # The weights and their gradient, then each of the three.
-        return (2 + (3 if like.key is None else sum(needs))) * once
+        # The weights and their gradient, then queries, keys and values, of which a tensor may hold several.
+        held = {1: (1, 1, 1), 2: (1, 2, 0), 3: (3, 0, 0)}[_held(like.key, like.value)]
+        return (2 + sum([n for n, need in zip(held, needs, strict=False) if need])) * once
 
 
 def _held(key: Any, value: Any) -> int:
