@@ -8,17 +8,30 @@ of a sliding window.
     AttentionInterface.register("fastlayers", fastlayers.integrations.attention_forward)
     AttentionMaskInterface.register("fastlayers", AttentionMaskInterface()["sdpa"])
     model.set_attn_implementation("fastlayers")  # and back: "sdpa"
+
+torch. Its scaled_dot_product_attention, wherever a program calls it, runs on ours where torch chooses flash attention: float16 or
+bfloat16, no mask, is_causal with as many queries as keys. Unlike `fastlayers.patched` this holds for torch's own function, and
+for what it was compiled into.
+
+    fastlayers.integrations.register_flash_attention_impl()
+    torch.nn.attention.activate_flash_attention_impl("fastlayers")
+    torch.nn.attention.restore_flash_attention_impl()  # and back
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import _kernels, draws
 from .ops.attention import scaled_dot_product_attention
 
-__all__ = ["attention_forward"]
+if TYPE_CHECKING or _kernels.MISSING is None:
+    from .kernels.attention import launchers as kernels
+
+__all__ = ["attention_forward", "register_flash_attention_impl"]
 
 
 def attention_forward(
@@ -82,3 +95,72 @@ def _biased(
     elif mask is not None:
         bias = bias + mask
     return bias.contiguous()
+
+
+def register_flash_attention_impl() -> None:
+    """Offer our kernels to torch.nn.attention under the name "fastlayers", as an implementation of flash attention. They run once
+    somebody activates it, and until somebody restores torch's.
+
+    Then torch's operators _scaled_dot_product_flash_attention and its backward are ours on CUDA. Nested tensors and varlen_attn
+    have operators of their own, which stay torch's. Dropout chooses other weights than torch. Not run on a GPU yet.
+
+    Raises:
+        RuntimeError: without triton.
+    """
+    if _kernels.MISSING is not None:
+        raise RuntimeError(_kernels.MISSING)
+    torch.nn.attention.register_flash_attention_impl("fastlayers", register_fn=FlashAttention)
+
+
+class FlashAttention:
+    """Our kernels as torch's operators, from its making until `remove`. torch's registry keeps it meanwhile.
+
+    Args:
+        device_type: "CUDA", or for tests "CPU", where torch has no kernels for these operators.
+    """
+
+    def __init__(self, device_type: str = "CUDA"):
+        self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
+        name = "_scaled_dot_product_flash_attention"
+        self.library.impl(name, _flash_forward, device_type)
+        self.library.impl(f"{name}_backward", _flash_backward, device_type)
+
+    def remove(self) -> None:
+        self.library = None  # what it has registered goes with it
+
+
+def _flash_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+    return_debug_mask: bool = False, *, scale: float | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The result, the logarithm of each query's sum of exponentials, and what torch's kernels return besides."""
+    if return_debug_mask:
+        raise RuntimeError("fastlayers' flash attention has no debug mask")
+    output = torch.empty_like(query)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    state = query.new_zeros(2, dtype=torch.int64)
+    if dropout_p > 0:
+        state[:1] = draws.seed(query.device)
+    kernels.attention(
+        query, key, value, None, state[:1] if dropout_p > 0 else None, output, lse,
+        causal=is_causal, dropout=dropout_p, scale=scale, precision="ieee",
+    )  # fmt: skip
+    lse *= math.log(2)
+    offset = query.new_zeros((), dtype=torch.int64)
+    state, offset = state.view(torch.uint64), offset.view(torch.uint64)
+    return output, lse, None, None, query.shape[2], key.shape[2], state, offset, query.new_empty(0)
+
+
+def _flash_backward(
+    grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+    logsumexp: torch.Tensor, cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float,
+    is_causal: bool, philox_seed: torch.Tensor, philox_offset: Any, *, scale: float | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The gradients of query, key and value."""
+    grads = [torch.empty_like(t) for t in (query, key, value)]
+    seed = philox_seed.view(torch.int64)[:1] if dropout_p > 0 else None
+    kernels.attention_grad(
+        grad_out, query, key, value, None, seed, out, logsumexp / math.log(2), *grads,
+        causal=is_causal, dropout=dropout_p, scale=scale, precision="ieee",
+    )  # fmt: skip
+    return (*grads,)

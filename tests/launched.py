@@ -127,7 +127,7 @@ def convolutions(dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], dict[
 @pytest.mark.parametrize("boxes", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_replay_of_convolutions(dtype: torch.dtype, boxes: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies, descriptors and all. A slice of an image that begins elsewhere isn't replayed; none is here."""
+    """Copies, descriptors and all."""
     monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 0 if boxes else 2**62)
     counted = plays(monkeypatch)
     for repeat in range(3):

@@ -19,6 +19,12 @@ from torch.utils._pytree import tree_map
 import fastlayers
 import fastlayers.functional as F
 from fastlayers.kernels.attention import launchers
+from fastlayers.kernels.attention import tiles as picks
+from fastlayers.kernels.attention.tiles import Shares
+from fastlayers.kernels.runtime import launch as _launch
+from fastlayers.kernels.runtime import tiles
+from fastlayers.kernels.runtime.tiles import Device, Tile
+from fastlayers.ops.projected_attention import projected_attention
 from fastlayers.testing import assert_within_budget, neighbours
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -83,6 +89,47 @@ def test_causal_with_other_numbers_of_keys_and_shared_heads(queries: int, keys: 
         for space in (F, torch.nn.functional)
     )
     judge(ours, theirs, *tensors)
+
+
+@pytest.mark.parametrize("shares", [1, 3, 9])
+@pytest.mark.parametrize(
+    ("queries", "group", "mask"),
+    [(1, 2, None), (3, 3, (2, 1, 3, 70)), (1, 3, (1, 6, 1, 70)), (7, 1, (1, 1, 1, 70)), (9, 2, (2, 6, 9, 70))],
+    ids=str,
+)
+def test_keys_are_shared_out(
+    queries: int, group: int, mask: tuple[int, ...] | None, shares: int, device: torch.device, launched: list[str]
+) -> None:
+    """Among more programs than there are blocks of keys, too; the first 40 keys, which some shares have alone, are hidden, and
+    one query attends to nothing."""
+    tensors = [t.to(device) for t in heads((2, 6, queries, 12), *[(2, 6 // group, 70, 12)] * 2)]
+    allowed = None
+    if mask is not None:
+        allowed = torch.rand(mask, device=device) > 0.3
+        allowed[..., :40] = False
+        allowed[0, 0, 0] = False
+
+    def attend(space: Any) -> Callable[..., torch.Tensor]:
+        return lambda *t: space.scaled_dot_product_attention(*t, allowed, scale=0.3, enable_gqa=True)
+
+    with tiles.force(attention_shares=Shares(Tile(16, 32), shares)):
+        judge(attend(F), attend(torch.nn.functional), *tensors)
+    forward = ["attention_shares_kernel"] + ["attention_merge_kernel"] * (shares > 1)
+    assert launched == [*forward, "attention_dq_kernel", "attention_dkdv_kernel"]
+
+
+def test_when_keys_are_shared_out() -> None:
+    """Where queries are few: until every multiprocessor has two programs. Otherwise, and for short keys, never."""
+    gpu, half = Device("sm_90", 132), torch.bfloat16
+    decoding = picks.shares(1, 32, 4, 1, 8192, half, 128, gpu)
+    assert decoding is not None and decoding.tile.m == 16
+    assert 132 <= 8 * decoding.shares <= 264
+    many = picks.shares(64, 32, 4, 1, 8192, half, 128, gpu)
+    assert many is not None and many.shares == 1  # K and V are read once for four heads
+    chunk = picks.shares(1, 8, 1, 128, 8192, half, 128, gpu)
+    assert chunk is not None and chunk.shares > 4
+    for batch, group, queries, keys in ((1, 4, 1, 200), (64, 1, 1, 8192), (1, 1, 4096, 4096), (32, 1, 100, 850)):
+        assert picks.shares(batch, 32, group, queries, keys, half, 128, gpu) is None
 
 
 def test_a_query_without_keys_gives_nothing(device: torch.device) -> None:
@@ -220,6 +267,79 @@ def test_dropout(device: torch.device) -> None:
     many = torch.stack([ours.train()(x, x, x, need_weights=False)[0] for _ in range(10)])
     assert not torch.equal(many[0], many[1])
     assert (many.mean(0) - plain[0]).abs().mean() < 0.6 * (many[0] - plain[0]).abs().mean()  # 0.32 to be expected
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_gradients_through_the_weights(average: bool, device: torch.device, launched: list[str]) -> None:
+    """Of the weights alone, and of both results, with a mask that leaves one query nothing to attend to: NaN, as torch gives."""
+    for layer in (pair := layers(device, 8, 2)):
+        layer.double()
+    x = torch.randn(19, 2, 8, device=device, dtype=torch.float64)
+    mask = (torch.rand(19, 19, device=device) > 0.7).fill_diagonal_(False)
+    dy, dw = torch.randn_like(x), torch.randn(2, *[2] * (not average), 19, 19, device=device, dtype=torch.float64)
+    for hidden in (False, True):
+        if hidden:
+            mask[3] = True
+        found = []
+        for layer in pair:
+            leaf = x.clone().requires_grad_()
+            y, w = layer(leaf, leaf, leaf, attn_mask=mask, average_attn_weights=average)
+            given = [leaf, layer.in_proj_weight]
+            alone = torch.autograd.grad(w, given, dw, retain_graph=True)
+            found.append([y, w, *alone, *torch.autograd.grad((y, w), given, (dy, dw))])
+        torch.testing.assert_close(*found, equal_nan=True)
+        assert found[0][0].isnan().any() == hidden
+    assert {"attention_weights_kernel", "attention_weights_delta_kernel"} <= {*launched}
+
+
+def test_gradients_through_the_weights_with_dropout(device: torch.device) -> None:
+    """As by the formula, of which second derivatives are made, with the same choice."""
+    q, k, v = (torch.randn(n, 2, 12, device=device, dtype=torch.float64).requires_grad_() for n in (5, 21, 21))
+    y, w = projected_attention((q, k, v, None), 3, 1, 0.4, False, "mean", True, None)
+    dy, dw = torch.randn_like(y), torch.randn_like(w)
+    kernels, formula = (
+        torch.autograd.grad((y, w), (q, k, v), (dy, dw), retain_graph=True, create_graph=create)
+        for create in (False, True)
+    )
+    torch.testing.assert_close(kernels, formula)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_nothing_is_copied(
+    batch_first: bool, need_weights: bool, device: torch.device, plays: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the input, whose rows are those of a transposed batch, nor the three gradients of what one projection wrote. And
+    views of that are replayed."""
+    ours, theirs = layers(device, 8, 2, batch_first=batch_first)
+    read: list[set[int]] = []
+    written: list[set[int]] = []
+    launch, grad = _launch.launch, launchers.attention_grad
+
+    def note_read(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+        read.append({t.data_ptr() for t in args if isinstance(t, torch.Tensor)})
+        launch(kernel, programs, *args, **meta)
+
+    def note_written(*args: Any, **options: Any) -> None:
+        written.append({g.untyped_storage().data_ptr() for g in args[8:11]})
+        grad(*args, **options)
+
+    x = torch.randn(3, 5, 8, device=device, requires_grad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(_launch, "launch", note_read)
+        patch.setattr(launchers, "attention_grad", note_written)
+        ours(x, x, x, need_weights=need_weights)[0].sum().backward()
+    assert x.data_ptr() in read[0]
+    assert [len(storages) for storages in written] == [1]
+    for _ in range(4):
+        results = []
+        for layer in (ours, theirs):
+            layer.zero_grad()
+            x = torch.randn(3, 5, 8, device=device) if layer is ours else x.detach()
+            y = layer(x.requires_grad_(), x, x, need_weights=need_weights)[0]
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, layer.in_proj_weight))])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert len(plays) >= 6, "two projections and attention, forward and backward"
 
 
 def test_out_proj_is_read_and_never_called(device: torch.device) -> None:

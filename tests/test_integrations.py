@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from contract import by_formula
 
 from fastlayers import integrations
-from fastlayers.integrations import attention_forward
+from fastlayers.integrations import FlashAttention, attention_forward
 from fastlayers.testing import assert_within_budget, neighbours
 
 CALLS = {
@@ -117,3 +118,62 @@ def test_compiled(device: torch.device) -> None:
         return attention_forward(module, q, k, v, None, scaling=0.5)[0]
 
     assert torch.equal(torch.compile(attend, fullgraph=True, backend="aot_eager")(*x), attend(*x))
+
+
+@pytest.fixture
+def flash_attention() -> Iterator[None]:
+    """Ours, registered and active as a user does it, but on CPU tensors where no GPU is."""
+    on = "CUDA" if torch.cuda.is_available() else "CPU"
+    integrations.register_flash_attention_impl()
+    assert "fastlayers" in torch.nn.attention.list_flash_attention_impls()
+    torch.nn.attention.register_flash_attention_impl("fastlayers", register_fn=lambda: FlashAttention(on))
+    torch.nn.attention.activate_flash_attention_impl("fastlayers")
+    try:
+        yield
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+@pytest.mark.filterwarnings("ignore:.*verrid")  # torch's word for what is wanted here
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_of_torch(
+    causal: bool, device: torch.device, flash_attention: None, launched: list[str]
+) -> None:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    q, k, v = (torch.randn(2, 3, 9, 8, device=device).bfloat16().requires_grad_() for _ in range(3))
+    y, lse, *_ = flash(q, k, v, 0.0, causal, False, scale=0.4)
+    dy = torch.randn_like(y)
+    mine = [y, *torch.autograd.grad(y, (q, k, v), dy)]
+    assert launched == ["attention_kernel", "attention_dq_kernel", "attention_dkdv_kernel"]
+
+    def theirs(*tensors: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal, scale=0.4)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    with by_formula():
+        exact = theirs(*[t.double() for t in (q, k, v)], dy=dy.double())
+        near = [theirs(*moved, dy=moved_dy) for *moved, moved_dy in neighbours(q, k, v, dy)]
+    for a, c, *b in zip(mine, exact, *near, strict=True):
+        assert_within_budget(a, b, c)
+    scores = 0.4 * q.double() @ k.double().mT
+    scores = scores.masked_fill(~torch.ones(9, 9, device=device).tril().bool(), -torch.inf) if causal else scores
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-2, atol=1e-2)
+
+    seeded = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        dropped = flash(q, k, v, 0.5, causal)[0]
+        seeded.append([dropped, *torch.autograd.grad(dropped, (q, k, v), dy)])
+    assert all(torch.equal(a, b) for a, b in zip(*seeded, strict=True))
+    assert not torch.equal(seeded[0][0], y)
+
+
+def test_flash_attention_is_undone(device: torch.device) -> None:
+    """Then the operators are torch's, of which the CPU has none."""
+    x = torch.randn(1, 1, 4, 8)
+    flash = FlashAttention("CPU")
+    torch.ops.aten._scaled_dot_product_flash_attention(x, x, x)
+    flash.remove()
+    with pytest.raises(NotImplementedError):
+        torch.ops.aten._scaled_dot_product_flash_attention(x, x, x)

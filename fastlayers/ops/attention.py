@@ -23,7 +23,8 @@ if TYPE_CHECKING or _kernels.MISSING is None:
 __all__ = ["scaled_dot_product_attention"]
 
 
-def _probe(x: torch.Tensor) -> torch.Tensor:
+def probe(x: torch.Tensor) -> torch.Tensor:
+    """How torch is asked for its autocast rule."""
     return F.scaled_dot_product_attention(x, x, x)
 
 
@@ -38,7 +39,7 @@ class ScaledDotProductAttention(Operation):
     tensors = ("query", "key", "value", "attn_mask", "seed")
     floats = ("query", "key", "value")
     cast = ("query", "key", "value")
-    autocast = staticmethod(_probe)
+    autocast = staticmethod(probe)
 
     class Options(NamedTuple):
         dropout_p: float
@@ -107,26 +108,14 @@ class ScaledDotProductAttention(Operation):
                 given.append(t.detach().requires_grad_() if need and not t.requires_grad else t.view_as(t))
                 wanted += [given[-1]] if need else []
             query, key, value = given
-            y = self._formula(query, key, value, saved.attn_mask, saved.seed, options)
-            found = iter(torch.autograd.grad(y, wanted, dy.output, create_graph=create_graph))
+            if options.enable_gqa:
+                group = query.shape[-3] // key.shape[-3]
+                key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+            y, _ = formula(
+                query, key, value, saved.attn_mask, saved.seed, options.dropout_p, options.is_causal, options.scale
+            )
+            found = iter(torch.autograd.grad(y.to(dy.output.dtype), wanted, dy.output, create_graph=create_graph))
         return [next(found) if need else None for need in needs]
-
-    def _formula(self, q: Any, k: Any, v: Any, mask: Any, seed: Any, options: Options) -> torch.Tensor:
-        dtype, group = q.dtype, 1
-        q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
-        if options.enable_gqa:
-            group = q.shape[-3] // k.shape[-3]
-            k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
-        scores = q @ k.mT * (q.shape[-1] ** -0.5 if options.scale is None else options.scale)
-        if options.is_causal:
-            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        nothing = (scores == -math.inf).all(-1, keepdim=True)
-        weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-        if seed is not None:
-            weights = weights * kernels.dropout_factors(seed, scores.shape, scores.dtype, options.dropout_p)
-        return (weights @ v).to(dtype)
 
     def flops(self, like: Any, options: Options, needs: Needs | None) -> int:
         q, v = like.query.shape, like.value.shape
@@ -135,6 +124,29 @@ class ScaledDotProductAttention(Operation):
             return pairs * (q[-1] + v[-1])
         # The weights and their gradient, then each of the three.
         return pairs * (q[-1] * (1 + needs[0] + needs[1]) + v[-1] * (1 + needs[2]))
+
+
+def formula(
+    q: Any, k: Any, v: Any, mask: Any, seed: Any, dropout_p: float, is_causal: bool, scale: float | None,
+    empty: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The result and the weights, in float32 or more, by functions of torch that can be differentiated any number of times.
+
+    Args:
+        seed: dropout's; None without dropout.
+        empty: the weights of a query that may attend to nothing.
+    """
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, empty)
+    if seed is not None:
+        weights = weights * kernels.dropout_factors(seed, scores.shape, scores.dtype, dropout_p)
+    return weights @ v, weights
 
 
 def _heads(x: torch.Tensor) -> torch.Tensor:
@@ -158,8 +170,19 @@ _attention = ScaledDotProductAttention()
 
 
 @_torch.constant_in_graphs  # Dynamo can't trace it: a compiled graph keeps what it was compiled under
-def _flash_enabled() -> bool:
+def flash_enabled() -> bool:
     return torch.backends.cuda.flash_sdp_enabled()
+
+
+WIDTHS = "heads without features, with more than 256, or in float64 with more than 128"
+LEARNED = "a mask that requires grad"
+CHOSEN = "one of torch's own kernels that somebody chose by sdpa_kernel"
+"""Reasons."""
+
+
+def too_wide(features: int, dtype: torch.dtype) -> bool:
+    """Whether heads have more features than the kernels take."""
+    return features > (128 if dtype == torch.float64 else 256)
 
 
 def _heads_in_common(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[int, ...] | str:
@@ -190,11 +213,11 @@ def _reason_against_mask(query: Any, key: Any, mask: Any, heads: tuple[int, ...]
     fits = 2 <= mask.dim() <= len(full) and all(
         [m in (1, n) for m, n in zip(reversed(mask.shape), reversed(full), strict=False)]
     )
-    if not fits or mask.dtype not in (torch.bool, torch.float32, autocast.dtype_after(_probe, query)):
+    if not fits or mask.dtype not in (torch.bool, torch.float32, autocast.dtype_after(probe, query)):
         return BadInput(f"a mask {tuple(mask.shape)} of {mask.dtype} for {full}")
     if len(full) > 4:
         return "a mask for more than four dimensions"
-    return "a mask that requires grad" if mask.requires_grad else None
+    return LEARNED if mask.requires_grad else None
 
 
 def _reason_against(
@@ -208,14 +231,13 @@ def _reason_against(
         return BadInput(f"dropout_p {dropout_p!r}"), ()
     if type(is_causal) is not bool or type(enable_gqa) is not bool or not isinstance(scale, (int, float, type(None))):
         return BadInput(f"is_causal {is_causal!r}, scale {scale!r}, enable_gqa {enable_gqa!r}"), ()
-    if not _flash_enabled():
-        return "one of torch's own kernels that somebody chose by sdpa_kernel", ()
+    if not flash_enabled():
+        return CHOSEN, ()
     heads = _heads_in_common(query, key, value, enable_gqa)
     if isinstance(heads, str):
         return heads, ()
-    widest = max(query.shape[-1], value.shape[-1])
-    if query.shape[-1] == 0 or widest > 256 or (widest > 128 and query.dtype == torch.float64):
-        return "heads without features, with more than 256, or in float64 with more than 128", ()
+    if query.shape[-1] == 0 or too_wide(max(query.shape[-1], value.shape[-1]), query.dtype):
+        return WIDTHS, ()
     return None if mask is None else _reason_against_mask(query, key, mask, heads, is_causal), heads
 
 

@@ -14,10 +14,8 @@ from .. import _torch
 from .. import _torch_functional as F
 from ..dispatch import support
 from ..dispatch.support import BadInput
-from .attention import scaled_dot_product_attention
-from .dropout import dropout
 from .linear import linear
-from .softmax import softmax
+from .projected_attention import projected_attention
 
 __all__ = ["multi_head_attention_forward"]
 
@@ -132,26 +130,38 @@ def _reason_against(
 # --- the computation -----------------------------------------------------------------------------------------------------------
 
 
-def _projected(query: Any, key: Any, value: Any, p: Parameters) -> Sequence[torch.Tensor]:
-    """Queries, keys and values (..., E). One product makes all that is of one tensor; they are views of its result."""
+def _product(x: Any, weight: Any, bias: Any) -> torch.Tensor:
+    """`linear`, whose rows lie as x's do: those of a transposed batch needn't be copied to become a matrix."""
+    if x.stride(0) < x.stride(1):
+        return linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    return linear(x, weight, bias)
+
+
+def _projected(query: Any, key: Any, value: Any, p: Parameters) -> Sequence[torch.Tensor | None]:
+    """Queries, keys and values (..., E). One product makes all that is of one tensor: keys and values of one lie side by side in
+    the second, and where queries are of the same one, all in the first."""
     if len(p.in_weights) == 1 and key is value:
         (weight,), bias, e = p.in_weights, p.in_bias, query.shape[-1]
         if query is key:
-            return linear(query, weight, bias).chunk(3, -1)
+            return _product(query, weight, bias), None, None
         one, two = (None, None) if bias is None else bias.split([e, 2 * e])
         of_query, of_both = weight.split([e, 2 * e])
-        return linear(query, of_query, one), *linear(key, of_both, two).chunk(2, -1)
+        return _product(query, of_query, one), _product(key, of_both, two), None
     weights = p.in_weights if len(p.in_weights) == 3 else p.in_weights[0].chunk(3)
     biases = (None, None, None) if p.in_bias is None else p.in_bias.chunk(3)
-    return [linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+    return [_product(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
 
-def _with_further(x: torch.Tensor, bias: Any, zero: bool) -> torch.Tensor:
-    """Keys or values (N, heads, S, D) with those that the layer adds."""
-    n, heads, _, d = x.shape
-    if bias is not None:
-        x = torch.cat([x, bias.view(1, heads, 1, d).expand(n, heads, 1, d)], 2)
-    return torch.cat([x, x.new_zeros((n, heads, 1, d))], 2) if zero else x
+def _with_further(projected: Sequence[Any], p: Parameters, zero: bool) -> Sequence[torch.Tensor]:
+    """Queries, and the keys and values (S, N, E) with those that the layer adds."""
+    *first, packed = [x for x in projected if x is not None]
+    q, *both = (*first, *packed.chunk(3 - len(first), -1))
+    found = []
+    for x, bias in zip(both, (p.bias_k, p.bias_v), strict=True):
+        _, n, e = x.shape
+        more = [] if bias is None else [bias.view(1, 1, e).expand(1, n, e)]
+        found.append(torch.cat([x, *more, *([x.new_zeros((1, n, e))] if zero else [])]))
+    return q, *found
 
 
 def numbers(mask: Any, dtype: torch.dtype) -> Any:
@@ -181,23 +191,6 @@ def _merged(masks: Masks, n: int, heads: int, dtype: torch.dtype, further: int) 
     return None if not found else found[0] if len(found) == 1 else found[0] + found[1]
 
 
-def _weighed(q: Any, k: Any, v: Any, mask: Any, dropout_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the heads find (N, heads, L, D), and their weights (N, heads, L, S) as dropout leaves them. A query that may attend to
-    no key gives NaN."""
-    n, heads, _, d = q.shape
-    q, k, v = ((q * math.sqrt(1 / d)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    if mask is None:
-        scores = torch.bmm(q, k.mT)
-    else:
-        alike = mask.shape[0] == mask.shape[1] == 1
-        mask = mask[0] if alike else mask.expand(n, heads, *mask.shape[2:]).flatten(0, 1)
-        scores = torch.baddbmm(mask, q, k.mT)
-    weights = softmax(scores, -1)
-    if dropout_p > 0:
-        weights = dropout(weights, dropout_p)
-    return torch.bmm(weights, v).unflatten(0, (n, heads)), weights.unflatten(0, (n, heads))
-
-
 def _attended(
     query: Any, key: Any, value: Any, p: Parameters, masks: Masks, way: Way, batch: int, unseeing: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -207,27 +200,20 @@ def _attended(
         unseeing: whether a query that may attend to no key gives NaN without weights as well.
     """
 
-    def in_heads(x: torch.Tensor) -> torch.Tensor:
-        x = x.unflatten(-1, (way.heads, x.shape[-1] // way.heads))
-        return x.transpose(1, 2) if batch == 0 else x.permute(1, 2, 0, 3)
-
     causal = way.causal and masks.key_padding is None and not way.need_weights
-    mask = None
+    mask, further = None, (p.bias_k is not None) + way.zero_key
     if not causal:
-        further = (p.bias_k is not None) + way.zero_key
         mask = _merged(masks, query.shape[batch], way.heads, query.dtype, further)
-    q, k, v = [in_heads(x) for x in _projected(query, key, value, p)]
-    k, v = _with_further(k, p.bias_k, way.zero_key), _with_further(v, p.bias_v, way.zero_key)
-    weights = None
-    if way.need_weights:
-        found, weights = _weighed(q, k, v, mask, way.dropout_p)
-        weights = weights.mean(1) if way.average else weights
-    else:
-        found = scaled_dot_product_attention(q, k, v, mask, way.dropout_p, causal)
-        if unseeing and mask is not None:
-            found = found.masked_fill((mask == -math.inf).all(-1, keepdim=True), math.nan)
-    found = found.transpose(1, 2) if batch == 0 else found.permute(2, 0, 1, 3)
-    return linear(found.flatten(2), p.out_weight, p.out_bias), weights
+    projected = _projected(query, key, value, p)
+    if further:
+        projected = _with_further(projected, p, way.zero_key)
+    weights = ("mean" if way.average else "each") if way.need_weights else ""
+    empty_is_nan = unseeing or way.need_weights
+    found = projected_attention(
+        (*projected, mask), way.heads, batch, float(way.dropout_p), causal, weights, empty_is_nan, None
+    )
+    output, weights = found if way.need_weights else (found, None)
+    return linear(output, p.out_weight, p.out_bias), weights
 
 
 # --- torch's functions ---------------------------------------------------------------------------------------------------------
@@ -286,9 +272,9 @@ def multi_head_attention_forward(
     """Attention of several heads between projections of the inputs and of the result. As
     torch.nn.functional.multi_head_attention_forward.
 
-    Without the weights, attention is `scaled_dot_product_attention`, which reads the heads where the projections wrote them. With
-    them, products of torch's and our softmax and dropout compute the weights in memory. Use need_weights=False where they aren't
-    used.
+    Attention runs on the kernels of `scaled_dot_product_attention`, which read the heads where the projections wrote them. The
+    weights are computed a second time to be written, and averaged over the heads on the way: use need_weights=False where they
+    aren't used.
 
     Shape: query (L, N, E) or (L, E), key and value (S, N, features) or (S, features), with any strides; in_proj_weight (3 E, E),
         or with use_separate_proj_weight q_, k_ and v_proj_weight (E, features); in_proj_bias (3 E,); bias_k and bias_v of E

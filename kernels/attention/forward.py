@@ -11,7 +11,7 @@ from .parts import is_kept, load_rows, scores, store_rows
 
 
 @triton.jit
-def _forward_blocks(
+def forward_blocks(
     acc, total, highest, q, k, v, mask_ptr, seed, b, h, bh, first_m, begin, end, L, S, D, DV, GROUP, scale, keep,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n,
     BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,11 +49,12 @@ def attention_kernel(
     H, L, S, GROUP, scale: tl.float64, keep, unkeep: tl.float64,  # type: ignore[valid-type]
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, out_b, out_h, out_m, out_d,
     D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
-    LATER: tl.constexpr, OF_KEYS: tl.constexpr, ACC: tl.constexpr,
+    LATER: tl.constexpr, OF_KEYS: tl.constexpr, EMPTY_IS_NAN: tl.constexpr, ACC: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_M queries of one head. GROUP heads share a head of k and v. `scale` is multiplied by log2(e). k and v are
-    pointers, or descriptors with BOXES. lse_ptr: log2 of each query's sum of exponentials, for the backward, or None."""
+    pointers, or descriptors with BOXES. lse_ptr: log2 of each query's sum of exponentials, for the backward, or None. A query
+    that may attend to nothing gives 0 or, with EMPTY_IS_NAN, NaN as softmax does."""
     # In the interpreter the scales are Python's numbers, which a cast would take for float32.
     zero = tl.full((), 0.0, tl.float64)
     scale, unkeep = (scale + zero).to(ACC), (unkeep + zero).to(ACC)
@@ -76,14 +77,16 @@ def attention_kernel(
     total = tl.zeros((TILE_M,), ACC)
     highest = tl.full((TILE_M,), float("-inf"), ACC)
     # First the blocks of keys that all of these queries may attend to, then the rest, where bounds and diagonal are looked at.
-    acc, total, highest = _forward_blocks(
+    acc, total, highest = forward_blocks(
         acc, total, highest, q, k, v, mask_ptr, seed, b, h, bh, first_m, 0, full, L, S, D, DV, GROUP, scale, keep,
         k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, False, CAUSAL, seed_ptr is not None, BOXES, PRECISION,
         LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
-    acc, total, highest = _forward_blocks(
+    acc, total, highest = forward_blocks(
         acc, total, highest, q, k, v, mask_ptr, seed, b, h, bh, first_m, full, end, L, S, D, DV, GROUP, scale, keep,
         k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, True, CAUSAL, seed_ptr is not None, BOXES, PRECISION,
         LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
+    if EMPTY_IS_NAN:
+        total = tl.where(total == 0, float("nan"), total)
     if lse_ptr is not None:
         # +inf for a query that may attend to nothing makes all its weights 0 in the backward.
         m = first_m + tl.arange(0, TILE_M)

@@ -2,19 +2,21 @@
 
     ds = p (dy v^T - delta);   dq = scale ds k;   dk = scale ds^T q;   dv = p^T dy
 
-dq is summed by one kernel, dk and dv by another, each element by one program and in a fixed order, without atomics.
+dq is summed by one kernel, dk and dv by another, each element by one program and in a fixed order, without atomics. Where the
+weights are a result as well, their gradient dw is added to dy v^T, and the sum of the weights times dw to delta.
 """
 
 import triton
 import triton.language as tl
 
-from .parts import is_kept, load_rows, scores, store_rows
+from .parts import is_kept, load_rows, of_weights, scores, store_rows
 
 
 @triton.jit
 def _dq_blocks(
-    dq, q, dy, lse, delta, k, v, mask_ptr, seed, b, h, bh, first_m, begin, end, L, S, D, DV, GROUP, scale2, keep, unkeep,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n,
+    dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, begin, end,
+    L, S, D, DV, GROUP, scale2, keep, unkeep, part,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
     BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
     TILE_V: tl.constexpr,
@@ -31,6 +33,8 @@ def _dq_blocks(
             p = tl.exp2(s * scale2 - lse[:, None])
         else:
             p = tl.exp2(s - lse[:, None])
+        if dw_ptr is not None:
+            dp += part * of_weights(dw_ptr, first_m, first_n, L, S, dw_m, dw_n, False, TILE_M, TILE_N).to(dp.dtype)
         if DROPOUT:
             kept = is_kept(seed, bh, first_m, first_n, L, S, keep, TILE_M, TILE_N)
             dp = tl.where(kept, dp * unkeep, 0.0)
@@ -41,18 +45,20 @@ def _dq_blocks(
 
 @triton.jit(do_not_specialize=["keep"])
 def attention_dq_kernel(
-    q_ptr, k, v, mask_ptr, seed_ptr, out_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, H, L, S, GROUP,
-    scale: tl.float64, scale2: tl.float64, keep, unkeep: tl.float64,  # type: ignore[valid-type]
-    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n,
+    q_ptr, k, v, mask_ptr, seed_ptr, dw_ptr, more_ptr, out_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, H, L, S, GROUP,
+    scale: tl.float64, scale2: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, dw_b, dw_h, dw_m, dw_n,
     out_b, out_h, out_m, out_d, dy_b, dy_h, dy_m, dy_d, dq_b, dq_h, dq_m, dq_d,
     D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, ACC: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
-    """One program: delta of TILE_M queries of one head, and dq, unless its pointer is None. scale2 is scale * log2(e)."""
+    """One program: delta of TILE_M queries of one head, and dq, unless its pointer is None. scale2 is scale * log2(e).
+    dw_ptr: the gradient of the weights, of which `part` counts, or None; more_ptr: what it adds to delta."""
     # In the interpreter the scales are Python's numbers, which a cast would take for float32.
     zero = tl.full((), 0.0, tl.float64)
-    scale, scale2, unkeep = (scale + zero).to(ACC), (scale2 + zero).to(ACC), (unkeep + zero).to(ACC)
+    scale, scale2 = (scale + zero).to(ACC), (scale2 + zero).to(ACC)
+    unkeep, part = (unkeep + zero).to(ACC), (part + zero).to(ACC)
     tiles = tl.cdiv(L, TILE_M)
     pid_m, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if CAUSAL:
@@ -65,12 +71,16 @@ def attention_dq_kernel(
     inside = (m < L)[:, None] & (tl.arange(0, TILE_V) < DV)[None, :]
     delta = tl.sum(tl.where(inside, out.to(ACC) * dy.to(ACC), 0.0), axis=1)
     row = tl.cast(bh, tl.int64) * L + m
+    if more_ptr is not None:
+        delta += tl.load(more_ptr + row, mask=m < L, other=0.0)
     tl.store(delta_ptr + row, delta, mask=m < L)
     if dq_ptr is not None:
         q = load_rows(q_ptr, b, h, first_m, L, D, q_b, q_h, q_m, q_d, False, 0, TILE_M, TILE_D)
         lse = tl.load(lse_ptr + row, mask=m < L, other=float("inf"))
         if mask_ptr is not None:
             mask_ptr += tl.cast(b, tl.int64) * mask_b + tl.cast(h, tl.int64) * mask_h
+        if dw_ptr is not None:
+            dw_ptr += tl.cast(b, tl.int64) * dw_b + tl.cast(h, tl.int64) * dw_h
         seed = 0
         if seed_ptr is not None:
             seed = tl.load(seed_ptr)
@@ -80,20 +90,20 @@ def attention_dq_kernel(
             full = min(full, (first_m + 1) // TILE_N * TILE_N)
         dq = tl.zeros((TILE_M, TILE_D), ACC)
         dq = _dq_blocks(
-            dq, q, dy, lse, delta, k, v, mask_ptr, seed, b, h, bh, first_m, 0, full, L, S, D, DV, GROUP,
-            scale2, keep, unkeep, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n,
+            dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, 0, full, L, S, D, DV, GROUP,
+            scale2, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
             False, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
         dq = _dq_blocks(
-            dq, q, dy, lse, delta, k, v, mask_ptr, seed, b, h, bh, first_m, full, end, L, S, D, DV, GROUP,
-            scale2, keep, unkeep, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n,
+            dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, full, end, L, S, D, DV, GROUP,
+            scale2, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
             True, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
         store_rows(dq_ptr, dq * scale, b, h, first_m, L, D, dq_b, dq_h, dq_m, dq_d, TILE_M, TILE_D)
 
 
 @triton.jit
 def _dkdv_blocks(
-    dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, mask_ptr, seed, b, h, bh, first_n, begin, L, S, D, DV,
-    scale2, keep, unkeep, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n,
+    dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, mask_ptr, seed, dw_ptr, b, h, bh, first_n, begin, L, S, D, DV,
+    scale2, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
     TILE_V: tl.constexpr,
@@ -114,6 +124,8 @@ def _dkdv_blocks(
         else:
             p = tl.exp2(s - lse[None, :])
         dropped = p
+        if dw_ptr is not None:
+            dp += part * of_weights(dw_ptr, first_m, first_n, L, S, dw_m, dw_n, True, TILE_M, TILE_N).to(dp.dtype)
         if DROPOUT:
             kept = is_kept(seed, bh, first_m, first_n, L, S, keep, TILE_M, TILE_N).T
             dropped = tl.where(kept, p * unkeep, 0.0)
@@ -126,9 +138,9 @@ def _dkdv_blocks(
 
 @triton.jit(do_not_specialize=["keep"])
 def attention_dkdv_kernel(
-    k_ptr, v_ptr, q, mask_ptr, seed_ptr, dy, lse_ptr, delta_ptr, dk_ptr, dv_ptr, H, L, S, GROUP,
-    scale: tl.float64, scale2: tl.float64, keep, unkeep: tl.float64,  # type: ignore[valid-type]
-    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n,
+    k_ptr, v_ptr, q, mask_ptr, seed_ptr, dw_ptr, dy, lse_ptr, delta_ptr, dk_ptr, dv_ptr, H, L, S, GROUP,
+    scale: tl.float64, scale2: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, dw_b, dw_h, dw_m, dw_n,
     dy_b, dy_h, dy_m, dy_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
     D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, ACC: tl.constexpr,
@@ -138,7 +150,8 @@ def attention_dkdv_kernel(
     heads that share it, one head after the other. q and dy are pointers, or descriptors with BOXES."""
     # In the interpreter the scales are Python's numbers, which a cast would take for float32.
     zero = tl.full((), 0.0, tl.float64)
-    scale, scale2, unkeep = (scale + zero).to(ACC), (scale2 + zero).to(ACC), (unkeep + zero).to(ACC)
+    scale, scale2 = (scale + zero).to(ACC), (scale2 + zero).to(ACC)
+    unkeep, part = (unkeep + zero).to(ACC), (part + zero).to(ACC)
     tiles = tl.cdiv(S, TILE_N)
     first_n, bh_k = tl.program_id(0) % tiles * TILE_N, tl.program_id(0) // tiles
     b, h_k = bh_k // (H // GROUP), bh_k % (H // GROUP)
@@ -157,11 +170,14 @@ def attention_dkdv_kernel(
         mask = mask_ptr
         if mask_ptr is not None:
             mask = mask_ptr + (tl.cast(b, tl.int64) * mask_b + tl.cast(h, tl.int64) * mask_h)
+        dw = dw_ptr
+        if dw_ptr is not None:
+            dw = dw_ptr + (tl.cast(b, tl.int64) * dw_b + tl.cast(h, tl.int64) * dw_h)
         # One loop looks at the diagonal all along. A second loop, for the blocks without it, would need more registers than
         # there are. Keys outside give rows of dk and dv that nobody stores.
         dk, dv = _dkdv_blocks(
-            dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, mask, seed, b, h, b * H + h, first_n, begin, L, S, D, DV,
-            scale2, keep, unkeep, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n,
+            dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, mask, seed, dw, b, h, b * H + h, first_n, begin, L, S, D, DV,
+            scale2, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
             CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
     if dk_ptr is not None:
         store_rows(dk_ptr, dk * scale, b, h_k, first_n, S, D, dk_b, dk_h, dk_n, dk_d, TILE_N, TILE_D)

@@ -12,6 +12,8 @@ from ..runtime.tiles import Tile, cdiv
 from . import tiles as picks
 from .forward import attention_kernel
 from .gradients import attention_dkdv_kernel, attention_dq_kernel, dropout_factors_kernel
+from .shares import attention_merge_kernel, attention_shares_kernel
+from .weights import attention_weights_delta_kernel, attention_weights_kernel
 
 _FARTHEST = 2**23
 """Steps within a tile, of at most 256 rows or columns, are multiplied by strides in 32 bits."""
@@ -107,12 +109,13 @@ def _prepare(
 
 
 def _tile(
-    table: str, call: _Call, dropout: float, first: torch.Tensor, *boxed: torch.Tensor
+    table: str, call: _Call, dropout: float, first: torch.Tensor, *boxed: torch.Tensor, plain: bool = True
 ) -> tuple[Tile, int, dict[str, Any]]:
     """The tile of a kernel; the order of memory for descriptors of `boxed`, or 0 for pointers; what the kernel is launched with.
 
     Args:
         first: a tensor that pointers load in any case.
+        plain: whether the kernel is given nothing else that takes registers.
     """
     device = tiles.device(first.device)
     orders = {_order(x) for x in boxed}
@@ -120,7 +123,7 @@ def _tile(
     boxes = boxes and all(map(_fits_boxes, boxed))
     aligned = _has_vectors(first) if boxes else _has_vectors(first, *boxed)
     # A mask of keys is a vector, and costs no more than the bounds do.
-    plain = aligned and dropout == 0 and (call.mask is None or call.meta["OF_KEYS"])
+    plain = plain and aligned and dropout == 0 and (call.mask is None or call.meta["OF_KEYS"])
     features = max(call.meta["TILE_D"], call.meta["TILE_V"])
     tile = picks.pick(table, first.dtype, features, device, plain=plain, boxes=boxes)
     meta = dict(TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps, num_stages=tile.stages)
@@ -141,11 +144,12 @@ def attention(
     dropout: float,
     scale: float | None,
     precision: str,
+    empty_is_nan: bool = False,
 ) -> None:
     """dropout(softmax(scale * q k^T + mask)) v into `out`, and log2 of each query's sum of exponentials into `lse`.
 
     Query m may attend to key n if the mask's boolean is True there or its number isn't -inf, and if n <= m with `causal`. A
-    query that may attend to nothing gets 0.
+    query that may attend to nothing gets 0 or, with `empty_is_nan`, NaN, and so do its weights and gradients.
 
     Shape: q and out (B, H, L, ·), k and v (B, H / GROUP, S, ·), mask any that expands to (B, H, L, S), all with any strides; lse
         (B, H, L), contiguous; seed (1,), given for a dropout above 0.
@@ -153,6 +157,13 @@ def attention(
     """
     q, k, v = map(_near, (q, k, v))
     call = _prepare(q, k, v, mask, causal=causal, dropout=dropout, scale=scale, precision=precision)
+    if not causal and dropout == 0:  # of few queries, the last one attends to few keys with `causal`
+        (b, h, l, _), (_, _, s, _) = q.shape, k.shape
+        features, device = max(call.meta["TILE_D"], call.meta["TILE_V"]), tiles.device(q.device)
+        picked = picks.shares(b, h, call.sizes[-1], l, s, q.dtype, features, device)
+        if picked is not None:
+            _in_shares(picked, call, q, k, v, out, lse, empty_is_nan)
+            return
     tile, order, meta = _tile("attention", call, dropout, q, k, v)
     operands: tuple[Any, ...] = (k, v)
     if order:
@@ -160,8 +171,44 @@ def attention(
     launch.launch(
         attention_kernel, cdiv(q.shape[2], tile.m) * q.shape[0] * q.shape[1],
         q, *operands, call.mask, seed, out, lse, *call.sizes, call.scale2, call.keep, call.unkeep,
-        *q.stride(), *k.stride(), *v.stride(), *call.masks, *out.stride(), **meta,
+        *q.stride(), *k.stride(), *v.stride(), *call.masks, *out.stride(), EMPTY_IS_NAN=empty_is_nan, **meta,
     )  # fmt: skip
+
+
+def _in_shares(
+    picked: picks.Shares,
+    call: _Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    empty_is_nan: bool,
+) -> None:
+    """`attention` where each program takes a share of the keys."""
+    (b, h, l, _), (_, h_k, s, dv) = q.shape, v.shape
+    group, tile, meta = call.sizes[-1], picked.tile, dict(call.meta)
+    del meta["CAUSAL"]
+    meta["OF_KEYS"] = call.mask is not None and ((call.masks[2] == 0 or l == 1) and (call.masks[1] == 0 or group == 1))
+    share = cdiv(cdiv(s, tile.n), picked.shares) * tile.n
+    shares, rows = max(cdiv(s, max(share, 1)), 1), b * h * l
+    found, found_lse = out, lse
+    if shares > 1:
+        kept = torch.promote_types(q.dtype, torch.float32)
+        found = launch.empty((shares, b, h, l, dv), dtype=kept, device=q.device)
+        found_lse = launch.empty((shares, b, h, l), dtype=kept, device=q.device)
+    launch.launch(
+        attention_shares_kernel, shares * b * h_k * cdiv(group * l, tile.m),
+        q, k, v, call.mask, found, found_lse, *call.sizes, shares, share, call.scale2,
+        *q.stride(), *k.stride(), *v.stride(), *call.masks, *(found.stride() if shares > 1 else (0, *out.stride())), rows,
+        EMPTY_IS_NAN=empty_is_nan and shares == 1, **meta, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    if shares > 1:
+        launch.launch(
+            attention_merge_kernel, cdiv(rows, 4), found, found_lse, out, lse, h, l, rows, shares, *out.stride(),
+            DV=dv, EMPTY_IS_NAN=empty_is_nan, TILE_M=4, TILE_V=meta["TILE_V"],
+        )  # fmt: skip
 
 
 def attention_grad(
@@ -181,38 +228,96 @@ def attention_grad(
     dropout: float,
     scale: float | None,
     precision: str,
+    d_weights: torch.Tensor | None = None,
 ) -> None:
-    """The gradients of `attention`, each unless it is None.
+    """The gradients of `attention` and of `attention_weights`, each unless it is None.
 
-    Shape: as there, with dy as its out.
+    Shape: as there, with dy as its out and d_weights as its weights.
     """
     q, k, v, out, dy = map(_near, (q, k, v, out, dy))
     lse = lse.contiguous()
     call = _prepare(q, k, v, mask, causal=causal, dropout=dropout, scale=scale, precision=precision)
     (b, h, l, _), (_, h_k, s, _) = q.shape, k.shape
     delta = launch.empty((b, h, l), dtype=lse.dtype, device=lse.device)
-    numbers = (*call.sizes, call.scale, call.scale2, call.keep, call.unkeep)
-    strides = (*q.stride(), *k.stride(), *v.stride(), *call.masks)
     none = (0, 0, 0, 0)
-    tile, order, meta = _tile("attention_dq", call, dropout, q, k, v)
+    more, part, dws = None, 1.0, none
+    if d_weights is not None:
+        d_weights, part = _per_head(d_weights, h)
+        dws = d_weights.stride()
+        more = launch.empty((b, h, l), dtype=lse.dtype, device=lse.device)
+        tile, _, meta = _weights_tile(call, dropout, q)
+        launch.launch(
+            attention_weights_delta_kernel, cdiv(l, tile.m) * b * h,
+            q, k, call.mask, seed, lse, d_weights, more, h, l, s, call.scale2, call.keep, call.unkeep, part,
+            *q.stride(), *k.stride(), *call.masks, *dws, **meta,
+        )  # fmt: skip
+    numbers = (*call.sizes, call.scale, call.scale2, call.keep, call.unkeep, part)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *call.masks, *dws)
+    plain = d_weights is None
+    tile, order, meta = _tile("attention_dq", call, dropout, q, k, v, plain=plain)
     operands: tuple[Any, ...] = (k, v)
     if order:
         operands = _boxes(k, tile.n, meta["TILE_D"]), _boxes(v, tile.n, meta["TILE_V"])
     launch.launch(
         attention_dq_kernel, cdiv(l, tile.m) * b * h,
-        q, *operands, call.mask, seed, out, dy, lse, delta, dq, *numbers, *strides,
+        q, *operands, call.mask, seed, d_weights, more, out, dy, lse, delta, dq, *numbers, *strides,
         *out.stride(), *dy.stride(), *(none if dq is None else dq.stride()), **meta,
     )  # fmt: skip
     if dk is None and dv is None:
         return
-    tile, order, meta = _tile("attention_dkdv", call, dropout, k, q, dy)
+    tile, order, meta = _tile("attention_dkdv", call, dropout, k, q, dy, plain=plain)
     operands = (q, dy)
     if order:
         operands = _boxes(q, tile.m, meta["TILE_D"]), _boxes(dy, tile.m, meta["TILE_V"])
     launch.launch(
         attention_dkdv_kernel, cdiv(s, tile.n) * b * h_k,
-        k, v, operands[0], call.mask, seed, operands[1], lse, delta, dk, dv, *numbers, *strides,
+        k, v, operands[0], call.mask, seed, d_weights, operands[1], lse, delta, dk, dv, *numbers, *strides,
         *dy.stride(), *(none if dk is None else dk.stride()), *(none if dv is None else dv.stride()), **meta,
+    )  # fmt: skip
+
+
+def _per_head(weights: torch.Tensor, heads: int) -> tuple[torch.Tensor, float]:
+    """Weights, or their gradient, as (B, H, L, S), and what part of a head's own they are: those of all heads if there are 4
+    dimensions, else their mean."""
+    if weights.dim() == 4:
+        return weights, 1.0
+    return weights[:, None].expand(-1, heads, -1, -1), 1 / max(heads, 1)
+
+
+def _weights_tile(call: _Call, dropout: float, q: torch.Tensor) -> tuple[Tile, int, dict[str, Any]]:
+    tile, order, meta = _tile("attention_weights", call, dropout, q)
+    for name in ("DV", "CAUSAL", "BOXES", "TILE_V"):
+        del meta[name]
+    return tile, order, meta
+
+
+def attention_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    lse: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    dropout: float,
+    scale: float | None,
+    precision: str,
+) -> None:
+    """dropout(softmax(scale * q k^T + mask)), of which `attention` left `lse`, into `weights`: of each head, or their mean.
+
+    Shape: q (B, H, L, ·), k (B, H, S, ·), mask and lse as there; weights (B, H, L, S), or (B, L, S) for the mean of the
+        heads. All but lse with any strides.
+    Dtype: as there; weights floating.
+    """
+    q, k, average = _near(q), _near(k), weights.dim() == 3
+    call = _prepare(q, k, k, mask, causal=False, dropout=dropout, scale=scale, precision=precision)
+    (b, h, l, _), s = q.shape, k.shape[2]
+    weights, part = _per_head(weights, h)
+    tile, _, meta = _weights_tile(call, dropout, q)
+    launch.launch(
+        attention_weights_kernel, cdiv(l, tile.m) * cdiv(s, tile.n) * b * (1 if average else h),
+        q, k, call.mask, seed, lse, weights, h, l, s, call.scale2, call.keep, call.unkeep, part,
+        *q.stride(), *k.stride(), *call.masks, *weights.stride(), AVERAGE=average, **meta,
     )  # fmt: skip
 
 

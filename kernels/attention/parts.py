@@ -57,7 +57,8 @@ def scores(
     """Of products of queries and keys, what exp2 is taken of: log2(e) (scale * s + mask), and -inf where a query may not attend.
 
     LATER: without a mask and for scales above 0, they are left as they are, and whoever calls scales them in the instruction that
-    subtracts the maximum. OF_KEYS: the mask is the same for all queries, and so a vector. TRANSPOSED: keys are the rows of s.
+    subtracts the maximum. OF_KEYS: the mask is the same for all queries, and so a vector, or mask_ptr is a column that points to
+    each query's own row. TRANSPOSED: keys are the rows of s.
     """
     i, j = tl.arange(0, TILE_M), tl.arange(0, TILE_N)
     if TRANSPOSED:
@@ -88,6 +89,20 @@ def scores(
         else:
             s = tl.where(first_n + j < S, s, float("-inf"))
     return s
+
+
+@triton.jit
+def of_weights(
+    x_ptr, first_m, first_n, L, S, x_m, x_n, TRANSPOSED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr
+):  # fmt: skip
+    """A tile of what there is one of for each query and key of a head, with zeros outside. TRANSPOSED: keys are its rows."""
+    i, j = tl.arange(0, TILE_M), tl.arange(0, TILE_N)
+    if TRANSPOSED:
+        i, j = i[None, :], j[:, None]
+    else:
+        i, j = i[:, None], j[None, :]
+    at = x_ptr + (tl.cast(first_m, tl.int64) * x_m + tl.cast(first_n, tl.int64) * x_n) + (i * x_m + j * x_n)
+    return tl.load(at, mask=(first_m + i < L) & (first_n + j < S), other=0.0)
 
 
 @triton.jit

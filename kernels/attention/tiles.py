@@ -1,8 +1,11 @@
 """The tiles of attention, by kernel, kind of arithmetic and head dim, and a pure function that picks one."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
-from ..runtime.tiles import Device, Tile, ask
+from ..runtime.tiles import Device, Tile, ask, cdiv
 
 # m queries and n keys at a time. Kinds of arithmetic:
 #   "16"     float16 and bfloat16 on tensor cores
@@ -40,7 +43,17 @@ _DKDV = {
     ("64", 64): (Tile(16, 16, warps=4, stages=1), Tile(16, 16, warps=4, stages=1)),
     ("64", 128): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
 }
-_TABLES = {"attention": _FORWARD, "attention_dq": _DQ, "attention_dkdv": _DKDV}
+_WEIGHTS = {
+    ("16", 64): (Tile(64, 64, warps=8, stages=2), Tile(64, 64, warps=8, stages=1)),
+    ("16", 128): (Tile(64, 64, warps=8, stages=2), Tile(64, 64, warps=8, stages=1)),
+    ("16", 256): (Tile(32, 64, warps=8, stages=1), Tile(32, 32, warps=8, stages=1)),
+    ("32", 64): (Tile(32, 32, warps=8, stages=2), Tile(32, 32, warps=8, stages=1)),
+    ("32", 128): (Tile(32, 32, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
+    ("32", 256): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
+    ("64", 64): (Tile(16, 16, warps=4, stages=1), Tile(16, 16, warps=4, stages=1)),
+    ("64", 128): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
+}
+_TABLES = {"attention": _FORWARD, "attention_dq": _DQ, "attention_dkdv": _DKDV, "attention_weights": _WEIGHTS}
 
 # Through descriptors, "16" alone.
 _BOXES = {
@@ -68,6 +81,28 @@ _SMALLER = {
     ("gfx942", "attention_dq", 128): Tile(64, 32, warps=4, stages=1),
 }
 
+# Where keys are shared out: for up to 16 queries of a group of heads, which is the fewest rows that a product has, and for more.
+_SHARES = {
+    ("16", 64): (Tile(16, 64, warps=4, stages=3), Tile(64, 64, warps=8, stages=2)),
+    ("16", 128): (Tile(16, 64, warps=4, stages=2), Tile(64, 64, warps=8, stages=2)),
+    ("16", 256): (Tile(16, 32, warps=4, stages=2), Tile(32, 32, warps=8, stages=1)),
+    ("32", 64): (Tile(16, 32, warps=4, stages=2), Tile(32, 32, warps=8, stages=1)),
+    ("32", 128): (Tile(16, 16, warps=4, stages=2), Tile(16, 16, warps=4, stages=2)),
+    ("32", 256): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
+    ("64", 64): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
+    ("64", 128): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
+}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How attention runs whose keys are shared out."""
+
+    tile: Tile
+    shares: int
+    """Among how many programs. What one alone finds is the result."""
+
+
 INTERPRETER = Tile(128, 128)
 """The interpreter's time depends on the number of programs and steps, not on that of elements."""
 
@@ -88,7 +123,7 @@ def pick(table: str, dtype: torch.dtype, features: int, device: Device, *, plain
     """The tile of a kernel.
 
     Args:
-        table: "attention", "attention_dq" or "attention_dkdv".
+        table: "attention", "attention_dq", "attention_dkdv" or "attention_weights".
         features: the larger one of the two tiles of features: 16, 32, 64, 128 or 256.
         plain: no mask, no dropout, and rows that are loaded 128 bits at a time.
         boxes: descriptors load them.
@@ -106,3 +141,37 @@ def pick(table: str, dtype: torch.dtype, features: int, device: Device, *, plain
 
     forced: Tile | None = ask(table, lambda: (picked(),))
     return picked() if forced is None else forced
+
+
+def shares(
+    batch: int, heads: int, group: int, queries: int, keys: int, dtype: torch.dtype, features: int, device: Device
+) -> Shares | None:
+    """How the keys are shared out; None where a program should take all keys of its queries.
+
+    It pays where few queries leave multiprocessors idle, or where several heads would read the same keys and values. Each share
+    has at least four steps of the loop, and there are two programs for each multiprocessor at most: more would only have more to
+    put together.
+
+    Args:
+        heads: the number of heads of queries, of which `group` share a head of keys and values.
+        features: as for `pick`.
+    """
+    rows = group * queries
+    few, many = _SHARES[{2: "16", 4: "32", 8: "64"}[dtype.itemsize], max(features, 64)]
+    long = keys >= 256
+
+    def right() -> Iterator[Shares]:
+        for tile in (few, many) if long and rows <= 64 else ():
+            yield from (Shares(tile, 1), Shares(tile, 2))
+
+    forced: Shares | None = ask("attention_shares", right)
+    if forced is not None or device.architecture == "interpreter" or not long:
+        return forced
+    tile = few if rows <= 16 else many
+    programs = batch * heads // group * cdiv(rows, tile.m)
+    found = max(1, min(2 * device.multiprocessors // max(programs, 1), cdiv(keys, tile.n) // 4))
+    if rows <= 64:
+        return Shares(tile, found) if found > 1 or group > 1 else None
+    # Programs with more queries each fetch their keys faster, where there are enough of them.
+    idle = 4 * batch * heads * cdiv(queries, 128) <= device.multiprocessors
+    return Shares(tile, found) if idle and found > 1 else None

@@ -5,7 +5,7 @@ allocates tensors, and calls Triton's compiled launchers with the addresses of t
 neither its address nor a reference to it.
 
 Some calls can't be repeated, which the recorder finds out while it listens: those in which a torch function computes or copies,
-those with a view that begins elsewhere than its tensor, and those with kernels that need scratch memory.
+and those with kernels that need scratch memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -126,8 +126,8 @@ class Recorder(_torch.TorchDispatchMode):
         return tensor
 
     def numbers(self, tensor: torch.Tensor) -> list[int]:
-        i = self._index(tensor)
-        self.repeatable = self.repeatable and 0 <= i < self.inputs
+        i, offset = self._place(tensor) or (-1, 0)
+        self.repeatable = self.repeatable and 0 <= i < self.inputs and offset == 0
         self.paused = True
         found = [Number(n) for n in tensor.tolist()]
         self.paused = False
@@ -138,27 +138,32 @@ class Recorder(_torch.TorchDispatchMode):
 
     def launched(self, kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any], compiled: Any) -> None:
         given = [a for a in args if isinstance(a, (torch.Tensor, TensorDescriptor))]
-        indices = [self._index(tensor) for tensor in given]
-        self.repeatable = self.repeatable and -1 not in indices and (launch.INTERPRETED or _is_simple(kernel, compiled))
+        places = [self._place(tensor) for tensor in given]
+        found = [place for place in places if place is not None]
+        simple = launch.INTERPRETED or _is_simple(kernel, compiled)
+        self.repeatable = self.repeatable and len(found) == len(places) and simple
         if not self.repeatable:
             return
         write = self._interpreted if launch.INTERPRETED else self._compiled
-        self.lines.append(write(kernel, programs, args, iter(indices), meta, compiled))
-        self.steps.append((self.lines, {*indices}))
+        self.lines.append(write(kernel, programs, args, iter(found), meta, compiled))
+        self.steps.append((self.lines, {i for i, _ in found}))
         self.lines = []
 
     def _compiled(
-        self, kernel: Any, programs: int, args: Sequence[Any], indices: Any, meta: dict[str, Any], compiled: Any
+        self, kernel: Any, programs: int, args: Sequence[Any], places: Any, meta: dict[str, Any], compiled: Any
     ) -> str:
         """The line that launches a compiled kernel."""
         run, function, fixed, packs, describing = _entry(compiled)
 
+        def address(i: int, offset: int) -> str:
+            return f"a{i} + {offset}" if offset else f"a{i}"
+
         def argument(value: Any) -> str:
             if isinstance(value, torch.Tensor):
-                return f"a{next(indices)}"
+                return address(*next(places))
             if type(value) is TensorDescriptor:
-                i = next(indices)
-                return f"*{self._name(describing(value))}(t{i}, a{i})"
+                i, offset = next(places)
+                return f"*{self._name(describing(value))}(t{i}, {address(i, offset)})"
             return self._name(value)
 
         self.kernels[id(kernel)] = kernel
@@ -169,17 +174,19 @@ class Recorder(_torch.TorchDispatchMode):
         return f"{self._name(run)}({programs}, 1, 1, stream, {before}, {f'({arguments},)' if packs else arguments})"
 
     def _interpreted(
-        self, kernel: Any, programs: int, args: Sequence[Any], indices: Any, meta: dict[str, Any], compiled: Any
+        self, kernel: Any, programs: int, args: Sequence[Any], places: Any, meta: dict[str, Any], compiled: Any
     ) -> str:
         """The line that runs a kernel in the interpreter, which takes tensors with the sizes that the launcher gave them."""
 
+        def viewed(tensor: torch.Tensor, i: int, offset: int) -> str:
+            begin = f", t{i}.storage_offset() + {offset // tensor.itemsize}" if offset else ""
+            return f"t{i}.detach().as_strided({(*tensor.shape,)}, {tensor.stride()}{begin})"
+
         def argument(value: Any) -> str:
             if isinstance(value, torch.Tensor):
-                return f"t{next(indices)}.detach().as_strided({(*value.shape,)}, {value.stride()})"
+                return viewed(value, *next(places))
             if type(value) is TensorDescriptor:
-                i, base = next(indices), value.base
-                viewed = f"t{i}.detach().as_strided({(*base.shape,)}, {base.stride()})"
-                return f"*{self._name(_descriptor_arguments(value))}({viewed}, None)"
+                return f"*{self._name(_descriptor_arguments(value))}({viewed(value.base, *next(places))}, None)"
             return self._name(value)
 
         arguments = ", ".join(map(argument, args))
@@ -195,14 +202,22 @@ class Recorder(_torch.TorchDispatchMode):
         self.constants[name] = value
         return name
 
-    def _index(self, argument: Any) -> int:
-        """Which of the tensors a launch was given, told by its address; -1 if it is none of them or several."""
+    def _place(self, argument: Any) -> tuple[int, int] | None:
+        """Which of the tensors a launch was given, told by its address, and how many bytes behind that one's beginning it begins.
+        None if it is none of them or several, or if no replay would know whether it is aligned as this one is."""
         base = argument.base if isinstance(argument, TensorDescriptor) else argument
         if not isinstance(base, torch.Tensor):
-            return -1
+            return None
+        begins = {i: t.data_ptr() for i, t in enumerate(self.tensors) if t is not None}
         address = base.data_ptr()
-        found = [i for i, t in enumerate(self.tensors) if t is not None and t.data_ptr() == address]
-        return found[0] if len(found) == 1 else -1
+        found = [i for i, begin in begins.items() if begin == address]
+        if not found:
+            found = [i for i, begin in begins.items() if begin < address < begin + _extent(self.tensors[i])]
+        if len(found) != 1:
+            return None
+        offset = address - begins[found[0]]
+        unknown = offset > 0 and not launch.INTERPRETED and begins[found[0]] % 16 != 0
+        return None if unknown else (found[0], offset)
 
     def finish(self, results: Results) -> Recording | None:
         """The recording of the whole call, which returned `results`; None if it can't be repeated."""
@@ -221,6 +236,11 @@ class Recorder(_torch.TorchDispatchMode):
         return Recording(self, compile_function(head, body, self.constants))
 
 
+def _extent(tensor: Any) -> int:
+    """The bytes from a tensor's first element to its last one."""
+    return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
+
+
 def _is_simple(kernel: Any, compiled: Any) -> bool:
     """Whether a kernel was launched by Triton's ordinary launcher, without scratch memory."""
     return (
@@ -233,16 +253,14 @@ def _is_simple(kernel: Any, compiled: Any) -> bool:
 
 def _only_metadata(result: Any, args: Sequence[Any]) -> bool:
     """Whether a torch function has read or written no data: it involves no tensor, or returns a tensor without data, or a view
-    of its first argument that begins where that does."""
+    of its first argument."""
     if not isinstance(result, torch.Tensor):
         return not any(isinstance(a, torch.Tensor) for a in args)
     if result.device.type == "meta":
         return True
     tensor = args[0] if args else None
     return (
-        isinstance(tensor, torch.Tensor)
-        and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-        and result.data_ptr() == tensor.data_ptr()
+        isinstance(tensor, torch.Tensor) and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     )
 
 
@@ -253,8 +271,12 @@ Describe = Callable[[torch.Tensor, Any], list[Any]]
 def _descriptor_arguments(descriptor: TensorDescriptor) -> Describe:
     """Copies of a descriptor with another tensor, made without `TensorDescriptor.__init__`, whose checks have passed before."""
     fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
+    sizes, strides = descriptor.base.shape, descriptor.base.stride()
 
     def describe(base: torch.Tensor, address: Any) -> list[Any]:
+        if address is not None and address != base.data_ptr():  # of a view that begins elsewhere than its tensor
+            begin = base.storage_offset() + (address - base.data_ptr()) // base.itemsize
+            base = base.as_strided(sizes, strides, begin)
         copy: Any = object.__new__(TensorDescriptor)
         vars(copy).update(fields, base=base)
         return [copy]

@@ -1,0 +1,105 @@
+"""The forward of attention where few queries meet many keys, as in decoding: the keys are shared out among programs, so that all
+multiprocessors read them, and what the shares found is put together.
+
+Heads that share a head of k and v stand one after the other in the rows of one tile of queries, so that k and v are read once.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import forward_blocks
+
+
+@triton.jit
+def _offsets(row, L, x_h, x_m):
+    """Where queries of a group of heads lie, of which `row` counts those of the first head first."""
+    return (row // L).to(tl.int64) * x_h + (row % L).to(tl.int64) * x_m
+
+
+@triton.jit
+def attention_shares_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr,
+    H, L, S, GROUP, SHARES, SHARE, scale: tl.float64,  # type: ignore[valid-type]
+    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n,
+    out_s, out_b, out_h, out_m, out_d, lse_s,
+    D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr, LATER: tl.constexpr, OF_KEYS: tl.constexpr,
+    EMPTY_IS_NAN: tl.constexpr, ACC: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
+):  # fmt: skip
+    """One program: TILE_M queries of the GROUP heads that share a head of k and v, and SHARE keys; the result as if there were no
+    other keys. `scale` is multiplied by log2(e). lse_ptr: log2 of each query's sum of exponentials, or None; +inf for a query
+    that may attend to none of the keys."""
+    scale = (scale + tl.full((), 0.0, tl.float64)).to(
+        ACC
+    )  # a Python number in the interpreter, which a cast took for float32
+    tiles = tl.cdiv(GROUP * L, TILE_M)
+    pid = tl.program_id(0)
+    pid_m, share, bh_k = pid % tiles, pid // tiles % SHARES, pid // tiles // SHARES
+    b, h = bh_k // (H // GROUP), bh_k % (H // GROUP) * GROUP
+    row, c = pid_m * TILE_M + tl.arange(0, TILE_M), tl.arange(0, TILE_D)
+    inside = row < GROUP * L
+    q_ptr += tl.cast(b, tl.int64) * q_b + tl.cast(h, tl.int64) * q_h
+    at = q_ptr + (_offsets(row, L, q_h, q_m)[:, None] + c[None, :] * q_d)
+    q = tl.load(at, mask=inside[:, None] & (c < D)[None, :], other=0.0)
+    mask = mask_ptr
+    if mask_ptr is not None:
+        mask = mask_ptr + (tl.cast(b, tl.int64) * mask_b + tl.cast(h, tl.int64) * mask_h)
+        if not OF_KEYS:  # rows outside read the first one's mask
+            mask = mask + tl.where(inside, _offsets(row, L, mask_h, mask_m), 0)[:, None]
+    begin = share * SHARE
+    end = min(S, begin + SHARE)
+    full = begin + max(end - begin, 0) // TILE_N * TILE_N
+    acc = tl.zeros((TILE_M, TILE_V), ACC)
+    total = tl.zeros((TILE_M,), ACC)
+    highest = tl.full((TILE_M,), float("-inf"), ACC)
+    acc, total, highest = forward_blocks(
+        acc, total, highest, q, k_ptr, v_ptr, mask, 0, b, h, 0, 0, begin, full, L, S, D, DV, GROUP, scale, 0,
+        k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, False, False, False, 0, PRECISION,
+        LATER, True, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
+    acc, total, highest = forward_blocks(
+        acc, total, highest, q, k_ptr, v_ptr, mask, 0, b, h, 0, 0, full, end, L, S, D, DV, GROUP, scale, 0,
+        k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, True, False, False, 0, PRECISION,
+        LATER, True, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
+    if EMPTY_IS_NAN:
+        total = tl.where(total == 0, float("nan"), total)
+    if lse_ptr is not None:
+        lse = tl.where(total == 0, float("inf"), highest + tl.log2(total))
+        at = lse_ptr + (tl.cast(share, tl.int64) * lse_s + tl.cast(b * H + h, tl.int64) * L)
+        tl.store(at + row, lse, mask=inside)
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    out_ptr += tl.cast(share, tl.int64) * out_s + tl.cast(b, tl.int64) * out_b + tl.cast(h, tl.int64) * out_h
+    c = tl.arange(0, TILE_V)
+    at = out_ptr + (_offsets(row, L, out_h, out_m)[:, None] + c[None, :] * out_d)
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (c < DV)[None, :])
+
+
+@triton.jit
+def attention_merge_kernel(
+    found_ptr, found_lse_ptr, out_ptr, lse_ptr, H, L, ROWS, SHARES, out_b, out_h, out_m, out_d,
+    DV: tl.constexpr, EMPTY_IS_NAN: tl.constexpr, TILE_M: tl.constexpr, TILE_V: tl.constexpr,
+):  # fmt: skip
+    """One program: TILE_M of all ROWS queries, from what the shares (SHARES, ROWS, DV) found, in the order of the keys."""
+    row, c = tl.cast(tl.program_id(0), tl.int64) * TILE_M + tl.arange(0, TILE_M), tl.arange(0, TILE_V)
+    exists = row < ROWS
+    inside = exists[:, None] & (c < DV)[None, :]
+    at = found_lse_ptr + row
+    highest = tl.full((TILE_M,), float("-inf"), found_lse_ptr.dtype.element_ty)
+    for share in range(SHARES):
+        lse = tl.load(at + tl.cast(share, tl.int64) * ROWS, mask=exists, other=0.0)
+        highest = tl.maximum(highest, tl.where(lse == float("inf"), float("-inf"), lse))
+    base = tl.where(highest == float("-inf"), 0.0, highest)  # no share had a key to attend to
+    total = tl.zeros((TILE_M,), found_lse_ptr.dtype.element_ty)
+    acc = tl.zeros((TILE_M, TILE_V), found_ptr.dtype.element_ty)
+    for share in range(SHARES):
+        lse = tl.load(at + tl.cast(share, tl.int64) * ROWS, mask=exists, other=0.0)
+        weight = tl.where(lse == float("inf"), 0.0, tl.exp2(lse - base))
+        found = found_ptr + (tl.cast(share, tl.int64) * ROWS + row)[:, None] * DV + c[None, :]
+        acc += weight[:, None] * tl.load(found, mask=inside, other=0.0)
+        total += weight
+    if EMPTY_IS_NAN:
+        total = tl.where(total == 0, float("nan"), total)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, tl.where(total == 0, float("inf"), base + tl.log2(total)), mask=exists)
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    at = out_ptr + (row // (H * L) * out_b + row // L % H * out_h + row % L * out_m)[:, None] + c[None, :] * out_d
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
