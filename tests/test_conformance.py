@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -81,12 +81,14 @@ class Sample:
         self.theirs.load_state_dict(self.ours.state_dict())
 
 
-def samples(info: Any, device: torch.device, dtype: torch.dtype, requires_grad: bool = True) -> Iterator[Sample]:
+def samples(
+    info: Any, device: torch.device, dtype: torch.dtype, requires_grad: bool = True, pick: Callable[[Any], Any] = few
+) -> Iterator[Sample]:
     """In training and in eval; once, if the module isn't told them apart."""
     for training in (True, False) if info.train_and_eval_differ else (True,):
         rows = info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=requires_grad, training=training)
         assert rows
-        yield from (Sample(info, row, device, dtype, training) for row in few(rows))
+        yield from (Sample(info, row, device, dtype, training) for row in pick(rows))
 
 
 by_module = pytest.mark.parametrize(  # in complex dtypes, which transposed convolutions have, too, torch computes
