@@ -190,6 +190,21 @@ def test_a_sum_and_its_rms_norm(dtype: torch.dtype, eps: float | None, device: t
     torch.testing.assert_close(dx, wanted + dtotal, rtol=0, atol=2 * torch.finfo(dtype).eps * largest)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo instantiates a Function
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_a_compiled_sum_and_its_norm(kind: Any, device: torch.device) -> None:
+    x, residual = (torch.randn(5, 24, device=device).requires_grad_() for _ in range(2))
+    norm = kind(24).to(device)
+
+    def call(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        y, total = plan.run_with_sum([plan.Residual(residual, lambda y: residual + y), norm], x)
+        return y.square() + total
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    results = [(y, *torch.autograd.grad(y.sum(), (x, residual))) for y in (call(x, residual), compiled(x, residual))]
+    torch.testing.assert_close(results[0], results[1])
+
+
 class Block(torch.nn.Module):
     """A transformer's feed-forward block as models write it."""
 
