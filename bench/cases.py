@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from fastlayers import catalog
-from fastlayers.kernels import epilogues, loss, norm, pointwise, reduce, softmax
+from fastlayers.kernels import dropout, epilogues, loss, norm, pointwise, reduce, softmax
 from fastlayers.kernels.conv import gather as conv
 from fastlayers.kernels.conv import layout
 from fastlayers.kernels.conv import tiles as conv_tiles
@@ -460,14 +461,18 @@ def _norm_cases() -> Iterator[Case]:
         # The longest of an odd length are worked through in blocks, where even ones have as many warps as there can be.
         odd = {what: [1001, max(tile.n for tile in tiles if tile.warps < 16) - 1] for what, tiles in whole.items()}
         sizes = {what: [*(tile.n for tile in tiles), 1000, *odd[what]] for what, tiles in whole.items()}
-        for center, added in ((True, False), (True, True), (False, False), (False, True)):
-            name = ("layer" if center else "rms") + " norm{} {}" + ", added" * added
-            for size in sizes["rows"] if center or not added else ():
-                forward, _ = _norm_calls(size, dtype, center, added)
+        drop = dropout.Drop(torch.zeros(2, dtype=torch.int64), 0.1, 1 / 0.9, 16 // dtype.itemsize)
+        for center, added, drops in itertools.product((True, False), (False, True), (None, drop)):
+            if drops and not added:
+                continue
+            name = ("layer" if center else "rms") + " norm{} {}" + ", added" * added + ", dropped" * (drops is not None)
+            odd_too = drops is None  # rows of odd length are dropped from by another kernel
+            for size in [n for n in sizes["rows"] if odd_too or n % 2 == 0] if center or not added or drops else ():
+                forward, _ = _norm_calls(size, dtype, center, added, drops)
                 rows = size % 2 == 0 or size < 8192  # longer ones of odd length take blocks where offsets have 64 bits
                 yield Case(name.format("", size), "_layer_norm_rows_kernel", dtype, forward, {}, can_be_wide=rows)
-            for size in sizes["grad"] if added else ():
-                _, backward = _norm_calls(size, dtype, center, added)
+            for size in [n for n in sizes["grad"] if odd_too or n % 2 == 0] if added else ():
+                _, backward = _norm_calls(size, dtype, center, added, drops)
                 yield Case(name.format(" grad", size), "_layer_norm_grad_kernel", dtype, backward, {})
         for size in (65536, 65535):
             forward, backward = _norm_calls(size, dtype, True, True)
@@ -480,14 +485,16 @@ def _norm_cases() -> Iterator[Case]:
 
 
 def _norm_calls(
-    size: int, dtype: torch.dtype, center: bool, added: bool
+    size: int, dtype: torch.dtype, center: bool, added: bool, drop: dropout.Drop | None = None
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Forward and backward of 4096 rows; `added`: a residual, and the gradient of its sum."""
+    """Forward and backward of 4096 rows; `added`: a residual, and the gradient of its sum; `drop`: before it."""
     t, statistics = _maker(dtype), _maker(torch.promote_types(dtype, torch.float32))
     x, w, rstd = t(4096, size), t(size), statistics(4096)
     bias, mean = (w, rstd) if center else (None, None)
     other = x if added else None
-    forward = functools.partial(norm.layer_norm, x, other, w, bias, x, other, mean, rstd, size, 1e-5, center)
+    forward = functools.partial(norm.layer_norm, x, other, w, bias, x, other, mean, rstd, size, 1e-5, center, drop)
     gradients = (x, w, bias)
-    backward = functools.partial(norm.layer_norm_grad, x, other, x, w, mean, rstd, *gradients, size, center)
+    backward = functools.partial(
+        norm.layer_norm_grad, x, other, x, w, mean, rstd, *gradients, size, center, drop and (drop, x)
+    )
     return forward, backward

@@ -17,6 +17,7 @@ threshold that `threshold` finds.
 import functools
 import math
 import struct
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,6 +36,8 @@ _FEATURES = Tile(1, 1024, warps=4)
 
 _INTERPRETED_THREADS = 1024
 """What the interpreter takes for the threads that a GPU holds at once: few, so that small tensors take several turns."""
+_META_THREADS = 2**18
+"""What stands for them where no GPU is asked: as many as those of a large one."""
 
 
 @triton.jit
@@ -54,9 +57,10 @@ def _words(seed, call, thread):
 
 
 @triton.jit
-def _chunk_words(seed, call, thread, VEC: tl.constexpr, TILE: tl.constexpr):
-    """The words of the elements of each thread's chunk, in the elements' order. `join` makes the last dimension, so the most
-    significant bit of an element's place is joined first; then a chunk's words stay in one thread."""
+def _chunk_words(seed, call, thread, VEC: tl.constexpr):
+    """The words of the elements of each thread's chunk, in the elements' order, in further dimensions of 2 each. `join` makes
+    the last dimension, so the most significant bit of an element's place is joined first; then a chunk's words stay in one
+    thread."""
     a, b, c, d = _words(seed, call, thread)
     if VEC == 2:
         words = tl.join(a, b)
@@ -65,15 +69,38 @@ def _chunk_words(seed, call, thread, VEC: tl.constexpr, TILE: tl.constexpr):
     else:
         e, f, g, h = _words(seed, call + 1, thread)
         words = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
-    return tl.reshape(words, (TILE,))
+    return words
+
+
+@triton.jit
+def row_factors(
+    draw_ptr, row, N, THREADS, seed, offset, threshold, SCALE,
+    VEC: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What `dropout_chunks` multiplies a tile of rows by, which begin at the first of their N elements: SCALE or 0. VEC divides
+    N, and a row has no more chunks than there are threads, so that it lies in two turns at most."""
+    seed, call = _start(draw_ptr, seed, offset)
+    first = row * (N // VEC)
+    turn = first // THREADS
+    thread = (first - turn * THREADS)[:, None] + tl.arange(0, TILE_N // VEC)[None, :]
+    later = thread >= THREADS
+    call += (turn[:, None] + later) * ((VEC + 3) // 4)
+    thread = tl.where(later, thread - THREADS, thread).to(tl.uint32)
+    words = tl.reshape(_chunk_words(seed, call, thread, VEC), (TILE_M, TILE_N))
+    return tl.where(words < threshold.to(tl.uint32), tl.full((), SCALE, ACC), 0.0)
+
+
+@triton.jit
+def multiplied(x, factor, OUT: tl.constexpr):
+    """x * factor, rounded as dropout's result is before anything is added to it. A product written `x * factor` would be joined
+    with the sum into an fma, which rounds once; an fma of its own, with 0, isn't."""
+    return tl.fma(x, factor, tl.zeros_like(factor)).to(OUT).to(x.dtype)
 
 
 @triton.jit
 def _add(x, factor, residual_ptr, i, mask, OUT: tl.constexpr):
-    """x * factor + residual, rounded twice as torch's dropout and sum are. A product written `x * factor` would be joined with
-    the sum into an fma, which rounds once; an fma of its own, with 0, isn't."""
-    y = tl.fma(x, factor, tl.zeros_like(factor)).to(OUT).to(x.dtype)
-    return y + tl.load(residual_ptr + i, mask=mask).to(x.dtype)
+    """x * factor + residual, rounded twice as torch's dropout and sum are."""
+    return multiplied(x, factor, OUT) + tl.load(residual_ptr + i, mask=mask).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "threshold"])
@@ -93,7 +120,7 @@ def _dropout_chunks_kernel(
     turn = chunk // THREADS
     thread = (chunk - turn * THREADS + tl.arange(0, CHUNKS)).to(tl.uint32)
     seed, call = _start(draw_ptr, seed, offset)
-    words = _chunk_words(seed, call + turn * ((VEC + 3) // 4), thread, VEC, TILE)
+    words = tl.reshape(_chunk_words(seed, call + turn * ((VEC + 3) // 4), thread, VEC), (TILE,))
     i = chunk * VEC + tl.arange(0, TILE)
     x = tl.load(x_ptr + i, mask=i < SIZE).to(ACC)
     factor = tl.where(words < threshold.to(tl.uint32), tl.full((), SCALE, ACC), 0.0)
@@ -187,7 +214,7 @@ def vector(x: object, dtype: torch.dtype, aligned: int) -> int:
 def _resident(device: torch.device) -> int:
     """How many threads in blocks of 256 the GPU holds at once."""
     if device.type != "cuda":
-        return _INTERPRETED_THREADS
+        return _INTERPRETED_THREADS if device.type == "cpu" else _META_THREADS
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count * (properties.max_threads_per_multi_processor // 256) * 256
 
@@ -344,3 +371,39 @@ def dropout_features(x: torch.Tensor, out: torch.Tensor, factor: torch.Tensor, s
         WIDE=size >= 2**31, TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     _put(dense, out)
+
+
+class Drop(NamedTuple):
+    """A dropout as launchers take it along that do something else as well.
+
+    Args:
+        draw: int64 (2,).
+        vector: how many elements each of torch's threads takes, as `vector` says.
+    """
+
+    draw: torch.Tensor
+    p: float
+    scale: float
+    vector: int
+
+    def fits(self, x: torch.Tensor, size: int) -> bool:
+        """Whether `row_factors` can draw for rows of `size` elements of x, and is worth it: for single elements it would take
+        more time than another pass over memory."""
+        return self.vector > 1 and size % self.vector == 0 and size // self.vector <= threads(x.numel(), x.device)
+
+    def arguments(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """What a kernel takes of it that draws for the elements of x."""
+        pointer, seed, offset = _drawn(self.draw, None)
+        limit = threshold(self.p, 32, _accumulate(x) == torch.float64)
+        return pointer, threads(x.numel(), x.device), seed, offset, limit, self.scale
+
+    def launch(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        """out = what dropout leaves of x, by a kernel of its own; and a residual added."""
+        if self.vector > 1:
+            dropout_chunks(x, out, self.draw, self.p, self.scale, self.vector, residual=residual)
+        else:
+            dropout_lanes(x, out, self.draw, self.p, (self.scale, 0.0, 0.0), 4, logical=True, residual=residual)
+
+
+NO_DROP = (None, 0, 0, 0, 0, 0.0)
+"""What kernels take where nothing is dropped."""

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dropout import NO_DROP, Drop, multiplied, row_factors
 from .reduce import sum_partials
 from .runtime import launch, tiles
 from .runtime.tiles import Tile
@@ -84,25 +85,31 @@ def _tile(
 
 @triton.jit
 def _load_sum(
-    x_ptr, residual_ptr, x_offsets, residual_offsets, inside,
+    x_ptr, residual_ptr, x_offsets, residual_offsets, inside, factor,
     SUM: tl.constexpr, ACC: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x, or of x + residual, rounded to SUM as torch rounds a sum before it normalises it."""
+    """A tile of x, or of x + residual, rounded to SUM as torch rounds a sum before it normalises it. `factor`: what dropout
+    multiplies x by before, or None."""
     x = tl.load(x_ptr + x_offsets, mask=inside, other=0.0, eviction_policy=EVICTION).to(ACC)
+    if factor is not None:
+        x = multiplied(x, factor, x_ptr.dtype.element_ty)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + residual_offsets, mask=inside, other=0.0, eviction_policy=EVICTION).to(ACC)
         x = x.to(SUM).to(ACC)
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "offset", "threshold"])
 def _layer_norm_rows_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, mean_ptr, rstd_ptr,
     ROWS, N, x_row, residual_row, EPS: tl.float64,
+    draw_ptr, THREADS, seed: tl.int64, offset: tl.int64, threshold: tl.int64, SCALE: tl.float64, DROP: tl.constexpr,
     CENTER: tl.constexpr, SUM: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_M whole rows. Reads x and residual once, writes out, total and two numbers a row once."""
+    """One program: TILE_M whole rows. Reads x and residual once, writes out, total and two numbers a row once.
+
+    With DROP, x is dropped from before the sum, in chunks of as many elements."""
     N, x_row, residual_row = N // VEC * VEC, x_row // VEC * VEC, residual_row // VEC * VEC
     eps = (tl.full((), 0.0, tl.float64) + EPS).to(ACC)  # in the interpreter EPS is a Python number
     pid = tl.program_id(0)
@@ -113,8 +120,11 @@ def _layer_norm_rows_kernel(
     row_inside = row < ROWS
     inside = row_inside[:, None] & (n < N)[None, :]
     offsets = row[:, None] * N + n[None, :]
+    factor = None
+    if DROP:
+        factor = row_factors(draw_ptr, row, N, THREADS, seed, offset, threshold, SCALE, DROP, TILE_M, TILE_N, ACC)
     x = _load_sum(
-        x_ptr, residual_ptr, row[:, None] * x_row + n[None, :], row[:, None] * residual_row + n[None, :], inside,
+        x_ptr, residual_ptr, row[:, None] * x_row + n[None, :], row[:, None] * residual_row + n[None, :], inside, factor,
         SUM, ACC, "",
     )  # fmt: skip
     # Weight and bias are loaded once for each row of the tile: one row, broadcast, would have to pass through shared
@@ -167,13 +177,13 @@ def _layer_norm_blocks_kernel(
     # Sums of x - shift and of its square. The shift is the mean of the first block: so the squares are of the variance's
     # size, and their sum loses nothing when the square of the mean is taken off.
     if CENTER:
-        x = _load_sum(x_ptr, residual_ptr, block, block, block < N, SUM, ACC, "evict_last")
+        x = _load_sum(x_ptr, residual_ptr, block, block, block < N, None, SUM, ACC, "evict_last")
         shift = tl.sum(x, axis=0) / TILE_N
     sums = tl.zeros((TILE_N,), ACC)
     squares = tl.zeros((TILE_N,), ACC)
     for start in range(0, N, TILE_N):
         n = start + block
-        x = _load_sum(x_ptr, residual_ptr, n, n, n < N, SUM, ACC, "evict_last")
+        x = _load_sum(x_ptr, residual_ptr, n, n, n < N, None, SUM, ACC, "evict_last")
         if total_ptr is not None:
             tl.store(total_ptr + n, x.to(SUM), mask=n < N)
         if CENTER:
@@ -194,7 +204,7 @@ def _layer_norm_blocks_kernel(
     blocks = tl.cdiv(N, TILE_N)
     for step in range(0, blocks):
         n = (blocks - 1 - step) * TILE_N + block
-        x = _load_sum(x_ptr, residual_ptr, n, n, n < N, SUM, ACC, "evict_first")
+        x = _load_sum(x_ptr, residual_ptr, n, n, n < N, None, SUM, ACC, "evict_first")
         if CENTER:
             x = (x - shift) - rest  # x - mean loses digits to the rounding of a mean that is large
         y = x * rstd
@@ -205,10 +215,11 @@ def _layer_norm_blocks_kernel(
         tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "offset", "threshold"])
 def _layer_norm_grad_kernel(
     dy_ptr, dtotal_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, dw_ptr, db_ptr,
-    ROWS, N, dy_row, dtotal_row, x_row,
+    ROWS, N, dy_row, dtotal_row, x_row, dropped_ptr,
+    draw_ptr, THREADS, seed: tl.int64, offset: tl.int64, threshold: tl.int64, SCALE: tl.float64, DROP: tl.constexpr,
     CENTER: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +227,8 @@ def _layer_norm_grad_kernel(
 
     Reads dy, x and dtotal once and writes dx once; at its end it writes one row each of the partial sums dw and db.
     Pointers to results that nobody asked for are None, and what they alone need isn't read. With WHOLE a tile holds whole
-    rows, and the two means along a row are taken here; otherwise `_layer_norm_grad_means_kernel` has written them.
+    rows, and the two means along a row are taken here; otherwise `_layer_norm_grad_means_kernel` has written them. With DROP
+    it also writes dropped: dx as dropout's backward takes it, drawn anew.
     """
     N, dy_row, dtotal_row, x_row = N // VEC * VEC, dy_row // VEC * VEC, dtotal_row // VEC * VEC, x_row // VEC * VEC
     pid_m, pid_n, programs = tl.program_id(0), 0, tl.num_programs(0)
@@ -249,7 +261,7 @@ def _layer_norm_grad_kernel(
             x *= rstd
             if dw_ptr is not None:
                 dw += dy * x
-            if dx_ptr is not None:
+            if dx_ptr is not None or DROP:
                 if weight_ptr is not None:
                     dy *= w.to(ACC)
                 # x needs no select: beyond N, where it isn't 0, dy is.
@@ -268,7 +280,15 @@ def _layer_norm_grad_kernel(
                 if dtotal_ptr is not None:
                     offsets = row[:, None] * dtotal_row + n[None, :]
                     dx += tl.load(dtotal_ptr + offsets, mask=inside, other=0.0).to(ACC)
-                tl.store(dx_ptr + (row[:, None] * N + n[None, :]), dx.to(dx_ptr.dtype.element_ty), mask=inside)
+                offsets = row[:, None] * N + n[None, :]
+                if dx_ptr is not None:
+                    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+                if DROP:
+                    GRAD: tl.constexpr = dropped_ptr.dtype.element_ty
+                    factor = row_factors(
+                        draw_ptr, row, N, THREADS, seed, offset, threshold, SCALE, DROP, TILE_M, TILE_N, ACC
+                    )
+                    tl.store(dropped_ptr + offsets, (dx.to(GRAD).to(ACC) * factor).to(GRAD), mask=inside)
     offsets = tl.cast(pid_m, tl.int64) * N + n
     if dw_ptr is not None:
         tl.store(dw_ptr + offsets, tl.sum(dw, axis=0), mask=n_inside)
@@ -325,6 +345,11 @@ def _vector(size: int, *strides: int) -> int:
     return math.gcd(8, size, *strides)
 
 
+def _draws(drop: Drop, x: torch.Tensor, size: int, tile: Tile) -> bool:
+    """Whether a kernel in this tile draws for rows of x itself; else the dropout is a launch of its own."""
+    return size <= tile.n and drop.fits(x, size)
+
+
 def layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -337,6 +362,7 @@ def layer_norm(
     size: int,
     eps: float,
     center: bool = True,
+    drop: Drop | None = None,
 ) -> None:
     """out = (x - mean) * rstd * weight + bias, rstd being 1 / sqrt(var + eps), along rows of `size` elements.
 
@@ -349,6 +375,8 @@ def layer_norm(
 
     Args:
         center: False for RMSNorm: neither is a mean subtracted, nor written to `mean`.
+        drop: the residual is added to what this leaves of x. Then there is one, all of x's shape are contiguous, and total is
+            asked for.
     """
     if x.numel() == 0:
         return
@@ -362,6 +390,11 @@ def layer_norm(
     tensors = (x_rows, residual_rows, _rows(weight, size), _rows(bias, size), out, total, mean, rstd)
     wide = x.numel() >= 2**31 or launch.wide(x_rows, residual_rows)
     tile, rows = _tile(size, accumulate, vector, tiles.device(x.device), wide=wide), x.numel() // size
+    if drop is not None and not _draws(drop, x, size, tile):
+        assert total is not None
+        drop.launch(x, total, residual)
+        layer_norm(total, None, weight, bias, out, None, mean, rstd, size, eps, center)
+        return
     meta = dict(
         CENTER=center, SUM=_TRITON[sum_dtype], ACC=tiles.triton_dtype(accumulate), VEC=vector,
         WIDE=wide, TILE_N=tile.n, num_warps=tile.warps,
@@ -369,7 +402,8 @@ def layer_norm(
     if size <= tile.n:
         launch.launch(
             _layer_norm_rows_kernel, tiles.cdiv(rows, tile.m),
-            *tensors, rows, size, x_row, residual_row, eps, **meta, TILE_M=tile.m,
+            *tensors, rows, size, x_row, residual_row, eps, *(drop.arguments(x) if drop else NO_DROP),
+            **meta, DROP=drop.vector if drop else 0, TILE_M=tile.m,
         )  # fmt: skip
     else:
         launch.launch(_layer_norm_blocks_kernel, rows, *tensors, size, x_row, residual_row, eps, **meta)
@@ -387,6 +421,7 @@ def layer_norm_grad(
     db: torch.Tensor | None,
     size: int,
     center: bool = True,
+    drop: tuple[Drop, torch.Tensor] | None = None,
 ) -> None:
     """The gradients of `layer_norm` at x, which is what was normalised: x + residual where there was a residual.
 
@@ -399,7 +434,11 @@ def layer_norm_grad(
     Args:
         dy: the gradient of out. None is a gradient of zeros.
         dtotal: the gradient of total, which is added to dx. None if there is none.
+        drop: `layer_norm`'s, and the gradient of what it dropped from, which is contiguous.
     """
+    drops, dropped = drop or (None, None)
+    if dx is None:
+        dx = dropped  # which is made of it
     results = [gradient for gradient in (dx, dw, db) if gradient is not None]
     if dy is None or dy.numel() == 0:
         for gradient in results:
@@ -407,6 +446,8 @@ def layer_norm_grad(
                 gradient.copy_(dtotal)
             else:
                 gradient.zero_()
+        if drops is not None:
+            drops.launch(dx, dropped)
         return
     if not results:
         return
@@ -441,11 +482,15 @@ def layer_norm_grad(
         None if gradient is None else launch.empty((programs, size), dtype=accumulate, device=dy.device)
         for gradient in (dw, db)
     ]
+    drawn = drops if drops is not None and _draws(drops, dropped, size, tile) else None
     launch.launch(
         _layer_norm_grad_kernel, programs * tiles_n,
-        dy_rows, dtotal_rows, x_rows, weight, mean, rstd, means, dx, *partials, rows, size, dy_row, dtotal_row, x_row,
-        **meta, WHOLE=whole, TILE_M=tile.m, STAGES=tile.stages,
+        dy_rows, dtotal_rows, x_rows, weight, mean, rstd, means, None if drawn and dx is dropped else dx, *partials,
+        rows, size, dy_row, dtotal_row, x_row, dropped, *(drawn.arguments(dx) if drawn else NO_DROP),
+        **meta, DROP=drawn.vector if drawn else 0, WHOLE=whole, TILE_M=tile.m, STAGES=tile.stages,
     )  # fmt: skip
     for partial, gradient in zip(partials, (dw, db), strict=True):
         if partial is not None and gradient is not None:
             sum_partials(partial, gradient.view(size))
+    if drops is not None and drawn is None:
+        drops.launch(dx, dropped)

@@ -122,6 +122,14 @@ def total(ys: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([y.sum() + y.square().sum() for y in floats(ys)]).sum()
 
 
+def memory(saved: list[torch.Tensor], given: list[torch.Tensor]) -> tuple[int, int, int]:
+    """Bytes of what autograd keeps: of all tensors, of the memory they lie in, and of that beside what was given."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    own = {t.untyped_storage().data_ptr() for t in given}
+    added = sum(size for address, size in storages.items() if address not in own)
+    return sum(t.nbytes for t in saved), sum(storages.values()), added
+
+
 def same(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 

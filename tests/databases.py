@@ -94,17 +94,25 @@ def of_dtypes(infos: list[Any], dtypes: Callable[[Any], Any]) -> list[Any]:
     ]
 
 
-def on_kernels(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of the call, having seen that kernels computed it unless the catalog says otherwise."""
+def explained(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """The result of the call, and why torch computed what it did: the catalog must say so."""
     results: list[Any] = []
+    reasons: list[str] = []
     with fastlayers.policy("auto"):
         for decision in fastlayers.explain(lambda: results.append(call(*args, **kwargs))):
             reason = decision.reason
             if decision.op not in BY_FUNCTION and (reason or "").endswith("is not one of our layers"):
                 continue  # the database builds some layers of torch.nn's
-            said = BY_FUNCTION[decision.op].falls_back
-            assert reason is None or reason in said, f"{decision.op} on torch: {reason}. Its row's falls_back: {said}"
-    return results[0]
+            if reason is not None:
+                said = BY_FUNCTION[decision.op].falls_back
+                assert reason in said, f"{decision.op} on torch: {reason}. Its row's falls_back: {said}"
+                reasons.append(reason)
+    return results[0], reasons
+
+
+def on_kernels(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of the call, having seen that kernels computed it unless the catalog says otherwise."""
+    return explained(call, *args, **kwargs)[0]
 
 
 def leaves(tree: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from databases import (
     on_kernels,
     tolerance,
 )
+from samples_table import table
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 from torch.testing._internal.common_utils import noncontiguous_like
 from torch.utils._pytree import tree_map
@@ -51,6 +52,21 @@ def test_the_databases_have_us() -> None:
     assert any(info.is_lazy for info in MODULES)
     assert any(info.module_error_inputs_func for info in MODULES)
     assert any(info.error_inputs_func for info in OPS)
+
+
+def test_the_table_of_samples() -> None:
+    """A row for each layer, of two files' figures."""
+    lines = [
+        dict(row="Linear", dtype=dtype, passed=3, share=share, ours=10, theirs=12, reasons={"p = 1": 2})
+        for dtype, share in (("float32", 40), ("float16", 50), ("float32", 30))
+    ]
+    kernel = dict(target="sm_90", registers=99, loop={"ffma": 7}, loads={"128": 2}, stores={"32": 1})
+    rows = table(
+        lines, [dict(kernel, kernel="matmul forward"), dict(kernel, kernel="GLU gate", target="sm_80")]
+    ).splitlines()
+    assert len(rows) == 2 + len(ROWS)
+    assert "| Linear | 3 float16, 6 float32 | 50 | 30 | 36 | 99 | 7 | 32 | p = 1 (6) |" in rows
+    assert "| GLU | none | - | - | - | - | - | - |  |" in rows
 
 
 def accepts(cls: type, *names: str) -> bool:
@@ -81,12 +97,14 @@ class Sample:
         self.theirs.load_state_dict(self.ours.state_dict())
 
 
-def samples(info: Any, device: torch.device, dtype: torch.dtype, requires_grad: bool = True) -> Iterator[Sample]:
+def samples(
+    info: Any, device: torch.device, dtype: torch.dtype, requires_grad: bool = True, pick: Callable[[Any], Any] = few
+) -> Iterator[Sample]:
     """In training and in eval; once, if the module isn't told them apart."""
     for training in (True, False) if info.train_and_eval_differ else (True,):
         rows = info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=requires_grad, training=training)
         assert rows
-        yield from (Sample(info, row, device, dtype, training) for row in few(rows))
+        yield from (Sample(info, row, device, dtype, training) for row in pick(rows))
 
 
 by_module = pytest.mark.parametrize(  # in complex dtypes, which transposed convolutions have, too, torch computes

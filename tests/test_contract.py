@@ -22,6 +22,7 @@ from contract import (
     check,
     exactly_same,
     floats,
+    memory,
     one_by_one,
     output_gradients,
     pair,
@@ -199,14 +200,6 @@ def choices(count: int) -> list[tuple[bool, ...]]:
     if count <= 3:
         return list(itertools.product((False, True), repeat=count))
     return [tuple((i == j) == alone for j in range(count)) for i in range(count + 1) for alone in (False, True)]
-
-
-def memory(saved: list[torch.Tensor], given: list[torch.Tensor]) -> tuple[int, int, int]:
-    """Bytes of what autograd keeps: of all tensors, of the memory they lie in, and of that beside what was given."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    own = {t.untyped_storage().data_ptr() for t in given}
-    added = sum(size for address, size in storages.items() if address not in own)
-    return sum(t.nbytes for t in saved), sum(storages.values()), added
 
 
 @pytest.mark.parametrize("case", CASES)

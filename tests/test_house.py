@@ -206,8 +206,9 @@ def test_imports_keep_to_the_storeys(path: Path) -> None:
             )
 
 
-SHARED = {"_torch", *[f"kernels.{n}" for n in ("runtime", "activations", "epilogues", "pointwise", "reduce", "matmul")]}
-"""What the kernels of any family may import: products serve convolutions, too."""
+_SHARED = ("runtime", "activations", "epilogues", "pointwise", "dropout", "reduce", "matmul")
+SHARED = {"_torch", *[f"kernels.{name}" for name in _SHARED]}
+"""What the kernels of any family may import: products serve convolutions, too, and norms take a dropout along."""
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p).startswith("kernels.")], ids=ids)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlayers.kernels import norm
+from fastlayers.kernels import dropout, norm
 from fastlayers.kernels.runtime import launch, tiles
 from fastlayers.kernels.runtime.tiles import Device, Tile
 from fastlayers.testing import assert_within_budget, neighbours
@@ -241,6 +241,46 @@ def test_nan_inf_and_constant_rows(small: Tile, device: torch.device) -> None:
         for name in ("out", "dx"):
             # Of a constant row the variance is rounding alone, and its root is divided by.
             torch.testing.assert_close(ours[name], torchs[name], equal_nan=True, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropped_from_in_the_same_kernel(
+    dtype: torch.dtype, center: bool, device: torch.device, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of a dropout and a norm by themselves, where torch's threads take several turns, also within a row; with and
+    without the residual's gradient and the sum's. Rows that are longer than a tile take a launch more each way."""
+    x, residual, dy, dtotal = torch.randn(4, 140, 40, device=device).to(dtype)
+    w, b = torch.randn(2, 40, device=device).to(dtype)
+    drop = dropout.Drop(torch.tensor([2**40 + int(x[0, 0] * 1000), 8]), 0.3, 1 / 0.7, 16 // dtype.itemsize)
+
+    def run(dtotal: torch.Tensor | None, of_residual: bool) -> list[torch.Tensor | None]:
+        new = [poisoned(140, 40, dtype=dtype, device=device) for _ in range(4)]
+        out, total, dx, dropped = new
+        statistic = torch.promote_types(dtype, torch.float32)
+        mean, rstd = (poisoned(140, dtype=statistic, device=device) for _ in range(2))
+        norm.layer_norm(x, residual, w, b if center else None, out, total, mean, rstd, 40, EPS, center, drop)
+        dw, db = (poisoned(40, dtype=dtype, device=device) for _ in range(2))
+        given = dy, dtotal, total, w, mean if center else None, rstd, dx if of_residual else None, dw
+        norm.layer_norm_grad(*given, db if center else None, 40, center, (drop, dropped))
+        return [out, total, dx if of_residual else None, dropped, dw]
+
+    for arguments in ((dtotal, True), (None, True), (dtotal, False)):
+        launched.clear()
+        one = run(*arguments)
+        assert not [name for name in launched if "dropout" in name]
+        kept = one[3] != 0
+        assert 0.6 < kept.double().mean() < 0.8
+        with monkeypatch.context() as patched:
+            patched.setattr(dropout.Drop, "fits", lambda *args: False)
+            two = run(*arguments)
+        assert launched.count("_dropout_chunks_kernel") == 2
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    launched.clear()
+    with tiles.force(layer_norm=Tile(1, 16, stages=1)):
+        in_blocks = run(dtotal, True)
+    assert launched.count("_dropout_chunks_kernel") == 2
+    assert torch.equal(in_blocks[1], two[1])
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 100])

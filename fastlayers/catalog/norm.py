@@ -55,11 +55,12 @@ ROWS = (
     Row(
         "RMSNorm",
         "any trailing dimensions and row length, any strides but channels_last's; with or without weight, with torch's eps or "
-        "one's own",
+        "one's own; in `fuse`, the residual before it in the same pass",
         "a weight of another dtype than the input's, an input in channels_last",
         operation=_rms_norm,
         scale=1,
         function="rms_norm",
+        role=Role("rms_norm"),
         speeds={
             name: case(lambda nn, size=size: nn.RMSNorm(size), (rows, size))
             for name, (rows, size) in _RMS_MODELS.items()

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from .._state import own
-from ..ops.dropout_add import dropout_add, dropout_add_layer_norm
+from ..ops.dropout_add import dropout_add, dropout_add_norm
 from . import norm as add_norm
 from .plan import PASSES, Pattern, Value
 
@@ -40,12 +39,11 @@ def _add_norm(x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value]) -
         return add_norm._run(dropout(x), layers[1:], values[1:])
     both = None
     if not add.inplace:
-        weight, bias = own(norm, "weight", type(norm)), own(norm, "bias", type(norm))
-        both = dropout_add_layer_norm(x, add.tensor, values[0].what, norm.normalized_shape, weight, bias, norm.eps)
+        both = dropout_add_norm(x, add.tensor, values[0].what, *add_norm.arguments(norm, values[2].role))
     if both is None:
         total = _add(x, layers[:2], values[:2])
         return norm(total), total
     return both
 
 
-PATTERNS = (Pattern("dropout add layer_norm ", _add_norm, sum_is_result=True), Pattern("dropout add ", _add))
+PATTERNS = (Pattern("dropout add (layer_norm|rms_norm) ", _add_norm, sum_is_result=True), Pattern("dropout add ", _add))

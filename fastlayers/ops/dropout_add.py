@@ -1,11 +1,10 @@
-"""A residual and what dropout leaves of x, as the layers of a transformer end: residual + dropout(x), and its LayerNorm.
+"""A residual and what dropout leaves of x, as the layers of a transformer end: residual + dropout(x), and its normalisation.
 
 All of these stand for several layers: where the kernels don't take a call whole, the layers are called one by one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,11 +14,10 @@ from .. import _kernels
 from ..operation import Operation
 from ..values import Named, Needs, Out, Tensors
 from .dropout import Dropout, _dropout, _launch, _numbers, _vector
-from .norm import AddLayerNorm
+from .norm import AddNorm
 
 if TYPE_CHECKING or _kernels.MISSING is None:
-    from ..kernels import dropout as dropout_kernels
-    from ..kernels import norm as kernels
+    from ..kernels import dropout as kernels
 
 __all__: list[str] = []  # none is a function of torch's
 
@@ -62,7 +60,7 @@ class DropoutAdd(Dropout):
         return dx, dy.output if needs[1] else None, None
 
 
-class DropoutAddLayerNorm(AddLayerNorm):
+class DropoutAddNorm(AddNorm):
     """input and residual (*, *shape) -> the normalised sum dropout(input) + residual, and the sum."""
 
     tensors = ("input", "residual", "weight", "bias", "seed")
@@ -70,8 +68,9 @@ class DropoutAddLayerNorm(AddLayerNorm):
 
     class Options(NamedTuple):  # pyright: ignore[reportIncompatibleVariableOverride]
         shape: tuple[int, ...]
-        eps: float
+        eps: float | None
         dtype: torch.dtype | None
+        center: bool
         p: float
         vector: int
         """As Dropout's."""
@@ -80,52 +79,34 @@ class DropoutAddLayerNorm(AddLayerNorm):
         return True
 
     def advance(self, t: Any, options: Any) -> int:
-        return dropout_kernels.advance(t.input.numel(), 4, t.input.device)
-
-    def _statistics(self, x: Any, options: Any, needs: Needs | None) -> dict[str, Out | str]:
-        return super()._statistics(x, options, needs and needs[:-1])
+        return kernels.advance(t.input.numel(), 4, t.input.device)
 
     def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
-        drops = _drops(options)
-        _launch(t.input, out.sum, t.seed, drops, *_numbers(drops), residual=t.residual)
-        size = math.prod(options.shape)
-        kernels.layer_norm(
-            out.sum, None, t.weight, t.bias, out.output, None, out.mean, out.rstd, size, options.eps
-        )  # fmt: skip
+        self._launch_forward(t, out, options, _drop(t.seed, options))
 
     def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
-        return (*super().saves(t, options, needs[:-1]), *(("seed",) if needs[0] else ()))
+        return (*super().saves(t, options, needs), *(("seed",) if needs[0] else ()))
 
     def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
         return Operation.gradients(self, like, options, needs)
 
-    def reached(self, given: Sequence[str], needs: Needs) -> Needs:
-        return (*super().reached(given, needs[:-1]), False)
-
     def backward(self, grads: Any, dy: Named, saved: Named, options: Any, precision: str) -> None:
-        dx = grads.input
-        total = dx if grads.residual is None else grads.residual
-        kernels.layer_norm_grad(
-            dy.output, dy.sum, saved.sum, saved.weight, saved.mean, saved.rstd,
-            total, grads.weight, grads.bias, math.prod(options.shape),
-        )  # fmt: skip
-        if dx is not None:  # in place, where nobody asks for the residual's
-            drops = _drops(options)
-            _launch(total, dx, saved.seed, drops, *_numbers(drops))
+        drop = None if grads.input is None else (_drop(saved.seed, options), grads.input)
+        self._launch_backward(grads, grads.residual, dy, saved, options, drop)
 
     def differentiate(self, dy: Named, saved: Named, like: Any, options: Any, needs: Needs) -> Tensors:
-        dx, dr, dw, db = super().differentiate(dy, saved, like[:-1], options[:3], needs[:-1])
+        dx, *rest = super().differentiate(dy, saved, like, options, needs)
         if dx is not None:
-            dx = _dropout.differentiate(Named(output=dx), saved, like, _drops(options), needs)[0]
-        return dx, dr, dw, db, None
+            drops = _dropout.options("dropout", options.p, False, options.vector)
+            dx = _dropout.differentiate(Named(output=dx), saved, like, drops, needs)[0]
+        return dx, *rest, None
 
 
-def _drops(options: Any) -> Any:
-    """The dropout's own options."""
-    return _dropout.options("dropout", options.p, False, options.vector)
+def _drop(draw: torch.Tensor, options: Any) -> Any:
+    return kernels.Drop(draw, options.p, 1 / (1 - options.p), options.vector)
 
 
-_dropout_add, _dropout_add_layer_norm = DropoutAdd(), DropoutAddLayerNorm()
+_dropout_add, _dropout_add_norm = DropoutAdd(), DropoutAddNorm()
 
 
 def dropout_add(input: torch.Tensor, residual: torch.Tensor, p: float) -> torch.Tensor | None:
@@ -135,21 +116,23 @@ def dropout_add(input: torch.Tensor, residual: torch.Tensor, p: float) -> torch.
     return _dropout_add((input, residual), "dropout", p, False, _vector(input), joined=True)
 
 
-def dropout_add_layer_norm(
+def dropout_add_norm(
     input: torch.Tensor,
     residual: torch.Tensor,
     p: float,
     normalized_shape: Sequence[int],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    eps: float,
+    eps: float | None,
+    center: bool,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """layer_norm(dropout(input, p) + residual), and the sum, for 0 < p < 1; None where the kernels don't take all, or autocast
-    would compute them in different dtypes."""
+    """layer_norm(dropout(input, p) + residual), without `center` rms_norm, and the sum, for 0 < p < 1; None where the
+    kernels don't take all, or autocast would compute them in different dtypes."""
     if not _are_tensors(input, residual):
         return None
-    return _dropout_add_layer_norm(
-        (input, residual, weight, bias), tuple(normalized_shape), float(eps), None, p, _vector(input), joined=True
+    eps = None if eps is None else float(eps)
+    return _dropout_add_norm(
+        (input, residual, weight, bias), tuple(normalized_shape), eps, None, center, p, _vector(input), joined=True
     )  # fmt: skip
 
 

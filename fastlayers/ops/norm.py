@@ -93,73 +93,6 @@ class LayerNorm(Operation):
         )  # fmt: skip
 
 
-class AddLayerNorm(LayerNorm):
-    """input and residual (*, *shape) -> the normalised sum, and the sum: both may have other consumers."""
-
-    tensors = ("input", "residual", "weight", "bias")
-    floats = ("input", "residual")
-
-    def reference(self, *args: Any) -> Any:
-        raise NotImplementedError("a joined call, which is never made of torch's functions")
-
-    def unsupported(self, t: Any, options: Any) -> str | None:
-        if t.residual.shape != t.input.shape:
-            return "a residual that is broadcast"
-        if not (t.input.is_contiguous() and t.residual.is_contiguous()):
-            return "a sum whose strides torch would choose by those of its terms"
-        if autocast.dtype_after(self.autocast, t.input) is not t.input.dtype:
-            return "autocast, which concerns the normalisation and not the sum"
-        return super().unsupported(t, options)
-
-    def label(self, options: Any) -> str:
-        return "layer_norm"
-
-    def results(self, options: Any) -> int:
-        return 2
-
-    def outputs(self, t: Any, options: Any, needs: Needs | None) -> dict[str, Out | str]:
-        like = Out(tuple(t.input.shape), t.input.dtype)
-        return {"output": like, "sum": like} | self._statistics(t.input, options, needs)
-
-    def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
-        size = math.prod(options.shape)
-        kernels.layer_norm(
-            t.input, t.residual, t.weight, t.bias, out.output, out.sum, out.mean, out.rstd, size, options.eps
-        )  # fmt: skip
-
-    def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
-        if not any(needs[:-1]):
-            return ()
-        through = needs[0] or needs[1]
-        return ("sum", *(("weight",) if through and t.weight is not None else ()), "mean", "rstd")
-
-    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
-        dx, dr, *rest = super().gradients(like, options, needs)
-        return dx, 0 if dx is not None and dr is not None else dr, *rest  # both terms of a sum have its gradient
-
-    def reached(self, given: Sequence[str], needs: Needs) -> Needs:
-        return needs if "output" in given else (*needs[:2], False, False)
-
-    def backward(self, grads: Any, dy: Named, saved: Named, options: Any, precision: str) -> None:
-        dx = grads.input if grads.input is not None else grads.residual
-        kernels.layer_norm_grad(
-            dy.output, dy.sum, saved.sum, saved.weight, saved.mean, saved.rstd,
-            dx, grads.weight, grads.bias, math.prod(options.shape),
-        )  # fmt: skip
-
-    def differentiate(self, dy: Named, saved: Named, like: Any, options: Any, needs: Needs) -> Tensors:
-        """From the sum, which was saved; what it is made of wasn't."""
-        total, through = dy.sum, needs[0] or needs[1]
-        dx = dw = db = None
-        if dy.output is not None:
-            alone, of_sum = Named(output=dy.output), Named(saved, input=saved.sum)
-            dx, dw, db = _layer_norm.differentiate(
-                alone, of_sum, (like[0], *like[2:]), options, (through, *needs[2:])
-            )  # fmt: skip
-        dx = total if dx is None else dx if total is None else dx + total
-        return dx if needs[0] else None, dx if needs[1] else None, dw, db
-
-
 class RMSNorm(Operation):
     """input (*, *shape), weight (*shape) or None -> output as input."""
 
@@ -197,11 +130,9 @@ class RMSNorm(Operation):
         return found | {"rstd": _statistic(t.input, options.shape)} if needs else found
 
     def forward(self, t: Any, out: Named, options: Options, precision: str) -> None:
-        size, eps = math.prod(options.shape), options.eps
-        if eps is None:
-            eps = torch.finfo(torch.promote_types(t.input.dtype, torch.float32)).eps
         kernels.layer_norm(
-            t.input, None, t.weight, None, out.output, None, None, out.rstd, size, eps, center=False
+            t.input, None, t.weight, None, out.output, None, None, out.rstd,
+            math.prod(options.shape), _eps(options, t.input), center=False,
         )  # fmt: skip
 
     def saves(self, t: Any, options: Options, needs: Needs) -> tuple[str, ...]:
@@ -214,7 +145,111 @@ class RMSNorm(Operation):
         )  # fmt: skip
 
 
-_layer_norm, _add_layer_norm, _rms_norm = LayerNorm(), AddLayerNorm(), RMSNorm()
+def _eps(options: Any, x: Any) -> float:
+    """Without one, torch's."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if options.eps is None else options.eps
+
+
+_layer_norm, _rms_norm = LayerNorm(), RMSNorm()
+
+
+class AddNorm(Operation):
+    """input and residual (*, *shape) -> the normalised sum, and the sum: both may have other consumers. RMSNorm has no bias."""
+
+    tensors = ("input", "residual", "weight", "bias")
+    floats = ("input", "residual")
+    widens = True
+
+    class Options(NamedTuple):
+        shape: tuple[int, ...]
+        eps: float | None
+        dtype: torch.dtype | None
+        """As LayerNorm's."""
+        center: bool
+        """False for RMSNorm."""
+
+    def reference(self, *args: Any) -> Any:
+        raise NotImplementedError("a joined call, which is never made of torch's functions")
+
+    def probe(self, options: Any) -> autocast.Probe | None:
+        return _norm(options).autocast
+
+    def unsupported(self, t: Any, options: Any) -> str | None:
+        if t.residual.shape != t.input.shape:
+            return "a residual that is broadcast"
+        if not (t.input.is_contiguous() and t.residual.is_contiguous()):
+            return "a sum whose strides torch would choose by those of its terms"
+        if autocast.dtype_after(_norm(options).autocast, t.input) is not t.input.dtype:
+            return "autocast, which concerns the normalisation and not the sum"
+        return _norm(options).unsupported(t, options)
+
+    def label(self, options: Any) -> str:
+        return _norm(options).name
+
+    def results(self, options: Any) -> int:
+        return 2
+
+    def outputs(self, t: Any, options: Any, needs: Needs | None) -> dict[str, Out | str]:
+        like = Out(tuple(t.input.shape), t.input.dtype)
+        found: dict[str, Out | str] = {"output": like, "sum": like}
+        return found | dict.fromkeys(_statistics(options, needs or ()), _statistic(t.input, options.shape))
+
+    def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
+        self._launch_forward(t, out, options, None)
+
+    def _launch_forward(self, t: Any, out: Named, options: Any, drop: Any) -> None:
+        kernels.layer_norm(
+            t.input, t.residual, t.weight, t.bias, out.output, out.sum, out.mean, out.rstd,
+            math.prod(options.shape), _eps(options, t.input), options.center, drop,
+        )  # fmt: skip
+
+    def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
+        statistics = _statistics(options, needs)
+        through = needs[0] or needs[1]
+        return ("sum", *(("weight",) if through and t.weight is not None else ()), *statistics) if statistics else ()
+
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
+        dx, dr, *rest = super().gradients(like, options, needs)
+        return dx, 0 if dx is not None and dr is not None else dr, *rest  # both terms of a sum have its gradient
+
+    def reached(self, given: Sequence[str], needs: Needs) -> Needs:
+        return needs if "output" in given else (*needs[:2], *[False] * len(needs[2:]))
+
+    def backward(self, grads: Any, dy: Named, saved: Named, options: Any, precision: str) -> None:
+        dx = grads.input if grads.input is not None else grads.residual
+        self._launch_backward(grads, dx, dy, saved, options, None)
+
+    def _launch_backward(self, grads: Any, dx: Any, dy: Named, saved: Named, options: Any, drop: Any) -> None:
+        kernels.layer_norm_grad(
+            dy.output, dy.sum, saved.sum, saved.weight, saved.mean, saved.rstd,
+            dx, grads.weight, grads.bias, math.prod(options.shape), options.center, drop,
+        )  # fmt: skip
+
+    def differentiate(self, dy: Named, saved: Named, like: Any, options: Any, needs: Needs) -> Tensors:
+        """From the sum, which was saved; what it is made of wasn't."""
+        total, through = dy.sum, needs[0] or needs[1]
+        dx = dw = db = None
+        if dy.output is not None:
+            norm, last = _norm(options), 4 if options.center else 3
+            alone, of_sum = Named(output=dy.output), Named(saved, input=saved.sum)
+            likes, asked = (like[0], *like[2:last]), (through, *needs[2:last])
+            dx, dw, *bias = norm.differentiate(alone, of_sum, likes, options[:3], asked)
+            db = bias[0] if bias else None
+        dx = total if dx is None else dx if total is None else dx + total
+        return dx if needs[0] else None, dx if needs[1] else None, dw, db
+
+
+def _norm(options: Any) -> Operation:
+    """What the sum goes into."""
+    return _layer_norm if options.center else _rms_norm
+
+
+def _statistics(options: Any, needs: Sequence[bool]) -> tuple[str, ...]:
+    """What the gradients are made of beside the sum: nothing, if that of the bias alone is asked for, which is a sum of dy."""
+    return () if not any(needs[:3]) else ("mean", "rstd") if options.center else ("rstd",)
+
+
+_add_norm = AddNorm()
 
 
 def _are_sizes(shape: Any) -> bool:
@@ -266,14 +301,16 @@ def rms_norm(
     return _rms_norm((input, weight), tuple(normalized_shape), None if eps is None else float(eps), None)
 
 
-def add_layer_norm(
+def add_norm(
     input: torch.Tensor,
     residual: torch.Tensor,
     normalized_shape: Sequence[int],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    eps: float,
+    eps: float | None,
+    center: bool,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """layer_norm(input + residual), and the sum, in one pass over memory; None where the kernels don't take both, or autocast
-    would compute the two in different dtypes."""
-    return _add_layer_norm((input, residual, weight, bias), tuple(normalized_shape), float(eps), None, joined=True)
+    """layer_norm(input + residual), without `center` rms_norm, and the sum, in one pass over memory; None where the kernels don't
+    take both, or autocast would compute the two in different dtypes."""
+    eps = None if eps is None else float(eps)
+    return _add_norm((input, residual, weight, bias), tuple(normalized_shape), eps, None, center, joined=True)

@@ -26,6 +26,7 @@ from bench import workloads
 from fastlayers.catalog import ROWS, Case
 from fastlayers.catalog.gated_mlp import Mlp
 from fastlayers.catalog.row import Classes, Floats, case
+from fastlayers.kernels import dropout, norm
 from fastlayers.kernels.conv import tiles as conv_tiles
 from fastlayers.kernels.matmul import matmul
 from fastlayers.kernels.matmul import tiles as matmul_tiles
@@ -314,6 +315,28 @@ def _softmax(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
         assert_within_budget(ours, torchs, exact)
 
 
+def _dropped_norm(center: bool, dtype: torch.dtype) -> None:
+    """A residual, what dropout leaves of x, and their norm in one kernel each way, beside a launch for each."""
+    torch.manual_seed(0)
+    x, residual, dy, dtotal = torch.randn(4, 9, 40).to(dtype)
+    w, b = torch.randn(2, 40).to(dtype)
+    drop = dropout.Drop(torch.tensor([2**40 + 5, 8]), 0.3, 1 / 0.7, 16 // dtype.itemsize)
+    out, total, expected, sum_, dx, dropped, dx_expected, dropped_expected = torch.empty(8, 9, 40, dtype=dtype)
+    mean, rstd = torch.empty(2, 9, dtype=torch.promote_types(dtype, torch.float32))
+    dw, db = torch.empty(2, 40, dtype=dtype)
+    bias, mean, db = (b, mean, db) if center else (None, None, None)
+    norm.layer_norm(x, residual, w, bias, out, total, mean, rstd, 40, 1e-5, center, drop)
+    drop.launch(x, sum_, residual)
+    norm.layer_norm(sum_, None, w, bias, expected, None, mean, rstd, 40, 1e-5, center)
+    assert torch.equal(total, sum_)
+    torch.testing.assert_close(out, expected)
+    norm.layer_norm_grad(dy, dtotal, total, w, mean, rstd, dx, dw, db, 40, center, (drop, dropped))
+    norm.layer_norm_grad(dy, dtotal, total, w, mean, rstd, dx_expected, dw, db, 40, center)
+    drop.launch(dx, dropped_expected)
+    torch.testing.assert_close(dx, dx_expected)
+    assert torch.equal(dropped, dropped_expected)
+
+
 def _others() -> Iterator[Run]:
     """Long and aligned rows, and calls that are replayed."""
     for shape, dim in (((3, 1000), 1), ((2, 300, 70), 1), ((2, 40, 5), 1), ((64, 64), 1)):
@@ -324,6 +347,11 @@ def _others() -> Iterator[Run]:
     for short, target in itertools.product(("bf16", "f32", "f64"), TARGETS):
         label = f"InstanceNorm2d with running averages, {short}, {target}"
         yield Run(label, functools.partial(_running_averages, DTYPES[short]), False)
+    for (name, center), (short, dtype), target in itertools.product(
+        dict(layer=True, rms=False).items(), DTYPES.items(), TARGETS
+    ):
+        call, quick = functools.partial(_dropped_norm, center, dtype), center and short == "bf16" and target == "sm_90"
+        yield Run(f"{name} norm of what is dropped from, {short}, {target}", call, quick)
     for target in TARGETS:
         yield Run(f"linear replayed, bf16, {target}", _replayed, target == "sm_90")
 
