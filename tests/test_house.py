@@ -81,7 +81,7 @@ MAY = {
     },
     "_namespace": set(),
     "nn": {"functional", "modules", "_namespace"},
-    "integrations": {"ops.attention"},
+    "integrations": {"ops.attention", "ops.rotary"},
     "fusion": {"fusion", "ops", "dispatch", "functional", "_state", "_originals", "_torch", "_torch_functional"},
     "catalog": {"catalog", "modules", "ops", "fusion", "operation"},
     "convert": {"catalog", "dispatch", "_state", "_originals"},
