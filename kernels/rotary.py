@@ -17,7 +17,7 @@ from .runtime import launch, tiles
 from .runtime.tiles import Tile, cdiv
 
 _ROTARY = Tile(1, 1024, warps=4)
-"""n pairs of features."""
+"""n pairs of features, or as many of those that are copied."""
 
 
 @triton.jit
@@ -142,7 +142,8 @@ def rotary(
     size, features = cos.shape[-1], x.shape[-1]
     tile_n = triton.next_power_of_2(max(size // 2, 1))
     tile = tiles.ask("rotary", lambda: (_ROTARY,)) or _ROTARY
-    tile_m = max(tile.n // tile_n, 1)
+    tile_rest = triton.next_power_of_2(max(features - size, 1))
+    tile_m = min(max(tile.n // max(tile_n, tile_rest // 2), 1), 128)
     programs = [cdiv(x.shape[:3].numel(), tile_m) for x, _ in pairs]
     launch.launch(
         _rotary_kernel, sum(programs), x, y, cos, sin, programs[0], *_walk(x, y, cos, sin),
@@ -150,5 +151,5 @@ def rotary(
         PAIRS=size // 2, FEATURES=features, INTERLEAVED=interleaved, BACKWARD=backward,
         ACC=tiles.triton_dtype(torch.promote_types(x.dtype, torch.float32)),
         WIDE=launch.wide(*[t for pair in pairs for t in pair], cos, sin),
-        TILE_M=tile_m, TILE_N=tile_n, TILE_REST=triton.next_power_of_2(max(features - size, 1)), num_warps=tile.warps,
+        TILE_M=tile_m, TILE_N=tile_n, TILE_REST=tile_rest, num_warps=tile.warps,
     )  # fmt: skip

@@ -49,8 +49,9 @@ ROWS = (
         scale=4,  # each result is a difference of numbers of the inputs' size
         speeds={
             "Llama-3 8B, 4 x 4096": _rotary(4, 32, 8, 4096, 128),
-            "Qwen3-4B, 4 x 4096": _rotary(4, 32, 8, 4096, 128, interleaved=True),
+            "GLM-4 9B, 4 x 4096, 64 of 128, interleaved": _rotary(4, 32, 2, 4096, 128, 64, interleaved=True),
             "Llama-2 7B, 2 x 4096": _rotary(2, 32, 32, 4096, 128),
+            "Qwen3-0.6B, 8 x 2048": _rotary(8, 16, 8, 2048, 128),
             "Phi-2, 8 x 2048, 32 of 80": _rotary(8, 32, 32, 2048, 80, 32),
             "Llama-3 8B, 1 token": _rotary(1, 32, 8, 1, 128),
         },
