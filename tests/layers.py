@@ -11,6 +11,7 @@ import torch
 
 from fastlayers import nn
 from fastlayers.catalog import ROWS, Floats, Row
+from fastlayers.operation import Operation
 
 LAYERS: dict[str, Row] = {row.name: row for row in ROWS if row.operation is not None and not row.random}
 """Those that draw random numbers don't agree with torch's under transforms, which torch's own function takes."""
@@ -51,6 +52,9 @@ def pair(row: Row, device: torch.device) -> Pair:
     places = [i for i, given in enumerate(case.inputs) if isinstance(given, Floats)]
     fixed = case.arguments(torch.float32, device)
 
+    # Some tensors have a gradient of one result alone: then it is the sum of both, which can be broadcast.
+    several = row.operation is not None and type(row.operation).reached is not Operation.reached
+
     @functools.cache
     def of_dtype(dtype: torch.dtype) -> list[Any]:
         """What is fixed; probabilities have the input's dtype, and stay where they are."""
@@ -74,6 +78,8 @@ def pair(row: Row, device: torch.device) -> Pair:
             for (parameters, name), tensor in zip(owners, tensors[len(places) :], strict=True):
                 parameters[name] = tensor  # type: ignore[assignment]
             result: Any = module(*arguments)
+            if several:
+                return result[0] + result[1]
             return result[0] if isinstance(result, tuple) else result
 
         return call

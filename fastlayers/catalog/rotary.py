@@ -13,10 +13,10 @@ __all__ = ["ROWS"]
 class Rotary(torch.nn.Module):
     """As models write it, of torch's functions, with the angles as buffers; with fastlayers.nn, one call of ours."""
 
-    def __init__(self, nn: Any, *shape: int, interleaved: bool = False):
+    def __init__(self, nn: Any, length: int, turned: int, interleaved: bool = False):
         super().__init__()
         self.interleaved, self.joined = interleaved, nn is not torch.nn
-        angles = torch.rand(*shape) * 6
+        angles = 0.37 * torch.arange(length * turned).view(length, turned)  # each another one
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
