@@ -89,9 +89,10 @@ def _angles(cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor) -> list[torch
 def _turned(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
     size = cos.shape[-1]
     turned = x[..., :size]
-    dim = -1 if interleaved else -2
-    first, second = turned.unflatten(-1, (size // 2, 2) if interleaved else (2, size // 2)).unbind(dim)
-    y = (turned * cos + torch.stack((-second, first), dim).flatten(-2) * sin).to(x.dtype)
+    pairs = turned.unflatten(-1, (size // 2, 2) if interleaved else (2, size // 2))
+    signs = torch.arange(-1, 2, 2, dtype=x.dtype, device=x.device)  # not `stack`, which some autocasts refuse
+    other = pairs.flip(-1) * signs if interleaved else pairs.flip(-2) * signs[:, None]
+    y = (turned * cos + other.flatten(-2) * sin).to(x.dtype)
     if size == x.shape[-1]:
         return y
     rest = torch.arange(x.shape[-1], device=x.device) >= size
