@@ -186,7 +186,7 @@ def _computes(function: Callable[..., Any], size: int, interleaved: bool, repeat
     generator = torch.Generator().manual_seed(0)  # the process's own isn't touched
     q, k, cos, sin = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
     angles = [_repeated(t) if repeated else t for t in (cos, sin)]
-    expected = _rotary_embedding.reference(q, k, *angles, interleaved)
+    expected = _rotary_embedding.reference(q, k, *angles, interleaved=interleaved)
     try:
         results = function(q, k, cos, sin)
     except Exception:

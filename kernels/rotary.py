@@ -28,7 +28,7 @@ def _load_pairs(
     if INTERLEAVED:
         d = tl.arange(0, 2 * TILE_N)[None, :]
         both = tl.load(rows[:, None] + d * stride, mask=hit[:, None] & (d < 2 * PAIRS), other=0.0).to(ACC)
-        a, b = tl.split(both.reshape(rows.shape[0], TILE_N, 2))
+        a, b = tl.split(tl.reshape(both, (rows.shape[0], TILE_N, 2)))
     else:
         d = tl.arange(0, TILE_N)[None, :]
         inside = hit[:, None] & (d < PAIRS)
@@ -43,7 +43,7 @@ def _store_pairs(
 ):  # fmt: skip
     if INTERLEAVED:
         d = tl.arange(0, 2 * TILE_N)[None, :]
-        both = tl.join(a, b).reshape(rows.shape[0], 2 * TILE_N).to(rows.dtype.element_ty)
+        both = tl.reshape(tl.join(a, b), (rows.shape[0], 2 * TILE_N)).to(rows.dtype.element_ty)
         tl.store(rows[:, None] + d * stride, both, mask=hit[:, None] & (d < 2 * PAIRS))
     else:
         d = tl.arange(0, TILE_N)[None, :]
@@ -71,7 +71,7 @@ def _rotate(
     y_rows = y_ptr + (b * y_b + o * y_o + i * y_i)
     cos_rows = cos_ptr + (b * cos_b + o * cos_o + i * cos_i)
     sin_rows = sin_ptr + (b * sin_b + o * sin_o + i * sin_i)
-    x1, x2 = _load_pairs(x_rows, x_d, hit, PAIRS, INTERLEAVED, ACC, TILE_N)
+    x1, x2 = _load_pairs(x_rows, x_d, hit, PAIRS, INTERLEAVED, ACC, TILE_N)  # pyright: ignore[reportGeneralTypeIssues]
     cos1, cos2 = _load_pairs(cos_rows, 1, hit, PAIRS, INTERLEAVED, ACC, TILE_N)
     sin1, sin2 = _load_pairs(sin_rows, 1, hit, PAIRS, INTERLEAVED, ACC, TILE_N)
     if BACKWARD:
@@ -124,6 +124,11 @@ def _walk(x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     return tuple(found)
 
 
+def _power_of_2(n: int) -> int:
+    """The next one that isn't less."""
+    return 1 << (n - 1).bit_length()
+
+
 def rotary(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     cos: torch.Tensor,
@@ -140,9 +145,9 @@ def rotary(
     cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
     (x, y), (other_x, other_y) = pairs[0], pairs[-1]
     size, features = cos.shape[-1], x.shape[-1]
-    tile_n = triton.next_power_of_2(max(size // 2, 1))
+    tile_n = _power_of_2(max(size // 2, 1))
     tile = tiles.ask("rotary", lambda: (_ROTARY,)) or _ROTARY
-    tile_rest = triton.next_power_of_2(max(features - size, 1))
+    tile_rest = _power_of_2(max(features - size, 1))
     tile_m = min(max(tile.n // max(tile_n, tile_rest // 2), 1), 128)
     programs = [cdiv(x.shape[:3].numel(), tile_m) for x, _ in pairs]
     launch.launch(

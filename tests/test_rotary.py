@@ -24,7 +24,7 @@ def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) 
 
 
 def reference(*args: Any, interleaved: bool) -> Any:
-    return _rotary_embedding.reference(*args, interleaved)
+    return _rotary_embedding.reference(*args, interleaved=interleaved)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -48,8 +48,9 @@ class PackedMlp(torch.nn.Module):
         args: Any = (x, self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias)
         if self.joined:
             return packed_gated_mlp(*args, gate_last=self.gate_last)
-        gate, up = F.linear(x, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)[:: -1 if self.gate_last else 1]
-        return F.linear(F.silu(gate) * up, self.down_weight, self.down_bias)
+        _, weight, down_weight, bias, down_bias = args
+        gate, up = F.linear(x, weight, bias).chunk(2, -1)[:: -1 if self.gate_last else 1]
+        return F.linear(F.silu(gate) * up, down_weight, down_bias)
 
 
 def _packed(rows: Any, k: int, n: int, m: int, gate_last: bool = False, bias: bool = False) -> Case:

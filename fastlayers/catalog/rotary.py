@@ -24,7 +24,7 @@ class Rotary(torch.nn.Module):
         args: Any = (query, key, self.cos, self.sin)
         if self.joined:
             return rotary_embedding(*args, interleaved=self.interleaved)
-        return _rotary_embedding.reference(*args, self.interleaved)
+        return _rotary_embedding.reference(*args, interleaved=self.interleaved)
 
 
 def _rotary(

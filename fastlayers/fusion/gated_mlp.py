@@ -85,7 +85,7 @@ def _found_packed(finder: Finder, product: fx.Node) -> Packed | None:
             continue
         parts: Any = gate.args[0]
         chunk: Any = parts.args[0] if parts.target is unpack else parts
-        if {gate.args[1], up.args[1]} != {0, 1} or not _is_halving(chunk):
+        if (gate.args[1], up.args[1]) not in ((0, 1), (1, 0)) or not _is_halving(chunk):
             continue
         found = Packed(chunk.args[0], chunk, parts, gate, up, activation, product, down)
         layers = finder.is_layer(found.both, "linear") and finder.is_layer(down, "linear")
