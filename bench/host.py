@@ -134,11 +134,13 @@ def _no_grad(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def _backward(call: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]) -> Callable[[], object]:
-    dy = torch.randn_like(call())
+def _backward(call: Callable[[], Any], leaves: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """A call, which gives a tensor or a tuple of some, and its backward."""
+    first = call()
+    dy = [torch.randn_like(y) for y in first] if isinstance(first, tuple) else torch.randn_like(first)
 
     def step() -> None:
-        call().backward(dy)
+        torch.autograd.backward(call(), dy)
         for leaf in leaves:
             leaf.grad = None
 

@@ -28,6 +28,7 @@ from .ops.multi_head_attention import *
 from .ops.norm import *
 from .ops.piecewise import *
 from .ops.pooling import *
+from .ops.rotary import *
 from .ops.smooth import *
 from .ops.softmax import *
 from .ops.upsampling import *

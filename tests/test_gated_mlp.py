@@ -13,6 +13,7 @@ from activations import OPTIONS
 
 import fastlayers
 from fastlayers import functional as FL
+from fastlayers.kernels.runtime import launch as _launch
 from fastlayers.ops.activation import RULES, Activation
 from fastlayers.ops.gated_mlp import _gated_mlp
 from fastlayers.testing import assert_within_budget, neighbours
@@ -58,8 +59,9 @@ def fused(theirs: torch.nn.Module) -> Any:
 def joins(model: Any, x: torch.Tensor) -> bool:
     """Whether one call stands for the three layers and the activation."""
     found = [d.op for d in fastlayers.explain(lambda: model(x)) if d.path == "triton"]
-    assert ("gated_mlp" in found) != ("linear" in found)
-    return "gated_mlp" in found
+    joined = "gated_mlp" in found or "packed_gated_mlp" in found
+    assert joined != ("linear" in found)
+    return joined
 
 
 def written_differently(*changes: Callable[..., Any]) -> Any:
@@ -81,7 +83,29 @@ def by_names(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.down_proj(torch.mul(torch.relu(gate), up))
 
 
-@pytest.mark.parametrize("cls", [Mlp, *written_differently(up_first, gelu, by_names)])
+class Packed(torch.nn.Module):
+    """Written as Phi-3's is; `forward` may be another one."""
+
+    def __init__(self, act: torch.nn.Module | None = None, bias: bool = False):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Linear(24, 80, bias=bias)
+        self.down_proj = torch.nn.Linear(40, 24, bias=bias)
+        self.act_fn = torch.nn.SiLU() if act is None else act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(up * self.act_fn(gate))
+
+
+def gate_last(self: Any, x: torch.Tensor) -> torch.Tensor:
+    halves = torch.chunk(self.gate_up_proj(x), 2, -1)
+    return self.down_proj(halves[0] * F.gelu(halves[1]))
+
+
+PACKED_GATE_LAST = type("Other", (Packed,), {"forward": gate_last})
+
+
+@pytest.mark.parametrize("cls", [Mlp, *written_differently(up_first, gelu, by_names), Packed, PACKED_GATE_LAST])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.usefixtures("small_tiles")
 def test_gates_are_found(cls: Any, bias: bool, device: torch.device) -> None:
@@ -137,6 +161,67 @@ def test_what_only_looks_like_a_gate_isn_t_joined(cls: Any, device: torch.device
     model = fused(theirs)
     assert not joins(model, x)
     torch.testing.assert_close(model(x), theirs(x))
+
+
+def of_other_halves(self: Any, x: torch.Tensor) -> torch.Tensor:
+    halves = self.gate_up_proj(x).chunk(2, 0)
+    return self.down_proj(self.act_fn(halves[0][..., :40]) * halves[1][..., 40:])
+
+
+def one_half_twice(self: Any, x: torch.Tensor) -> torch.Tensor:
+    gate, up = self.gate_up_proj(x).chunk(2, -1)
+    return self.down_proj(self.act_fn(gate) * up) + gate.sum()
+
+
+def the_same_half(self: Any, x: torch.Tensor) -> torch.Tensor:
+    halves = self.gate_up_proj(x).chunk(2, -1)
+    return self.down_proj(self.act_fn(halves[0]) * halves[0])
+
+
+@pytest.mark.parametrize("forward", [of_other_halves, one_half_twice, the_same_half])
+def test_what_only_looks_like_halves_isn_t_joined(forward: Any, device: torch.device) -> None:
+    theirs, x = type("Other", (Packed,), {"forward": forward})().to(device), torch.randn(4, 24, device=device)
+    model = fused(theirs)
+    assert not joins(model, x)
+    torch.testing.assert_close(model(x), theirs(x))
+
+
+def test_packed_weights_arent_copied(
+    device: torch.device, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many kernels as with two weights, which read the halves of the weight and write those of its gradient where they are."""
+    model, x = fused(Packed().to(device)), torch.randn(5, 24, device=device, requires_grad=True)
+    weight, addresses = model.get_parameter("gate_up_proj.weight"), set[int]()
+    launch = _launch.launch
+
+    def watch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+        addresses.update([t.data_ptr() for t in args if isinstance(t, torch.Tensor)])
+        launch(kernel, programs, *args, **meta)
+
+    monkeypatch.setattr(_launch, "launch", watch)
+    y = model(x)
+    assert launched == ["_gated_matmul_kernel", "_matmul_kernel"]
+    assert {weight.data_ptr(), weight[40:].data_ptr()} < addresses
+    launched.clear()
+    gradient, _, _ = torch.autograd.grad(y.sum(), [weight, model.get_parameter("down_proj.weight"), x])
+    assert sorted(launched) == ["_gate_kernel", *["_matmul_kernel"] * 6]
+    assert {gradient.data_ptr(), gradient[40:].data_ptr()} < addresses
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(Packed, "gate_up_proj"), (Packed, "act_fn"), (Packed, "down_proj"), (PACKED_GATE_LAST, "gate_up_proj")],
+)
+def test_hooks_of_packed_layers_are_called(cls: Any, name: str, device: torch.device) -> None:
+    theirs, x = cls().to(device), torch.randn(3, 24, device=device)
+    model, seen = fused(theirs), []
+    for m in (model, theirs):
+        hook = lambda m, args, y: seen.append((args[0].clone(), y.clone())) or 2 * y  # noqa: E731
+        m.get_submodule(name).register_forward_hook(hook)
+    assert not joins(model, x)
+    seen.clear()
+    torch.testing.assert_close(model(x), theirs(x))
+    torch.testing.assert_close(*seen)
 
 
 def test_a_block_trains_as_torchs(device: torch.device) -> None:

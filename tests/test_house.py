@@ -83,7 +83,7 @@ MAY = {
     },
     "_namespace": set(),
     "nn": {"functional", "modules", "_namespace"},
-    "integrations": {"_kernels", "draws", "kernels", "ops.attention"},
+    "integrations": {"_kernels", "draws", "kernels", "ops.attention", "ops.rotary"},
     "fusion": {"fusion", "ops", "dispatch", "functional", "_state", "_originals", "_torch", "_torch_functional"},
     "catalog": {"catalog", "modules", "ops", "fusion", "operation"},
     "convert": {"catalog", "dispatch", "_state", "_originals"},

@@ -177,3 +177,73 @@ def test_flash_attention_is_undone(device: torch.device) -> None:
     flash.remove()
     with pytest.raises(NotImplementedError):
         torch.ops.aten._scaled_dot_product_flash_attention(x, x, x)
+
+
+# --- rotary embedding -------------------------------------------------------------------------------------------------
+
+
+def swapped(x: torch.Tensor) -> torch.Tensor:
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((-b, a), dim=-1).flatten(-2)
+
+
+def pairs_in_a_row(first: Any, second: Any, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
+    """As GPT-J, under any name."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return first * cos + swapped(first) * sin, second * cos + swapped(second) * sin
+
+
+def turned_back(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    """The other way around."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos - swapped(q) * sin, k * cos - swapped(k) * sin
+
+
+def fails(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    raise RuntimeError("not for such sizes")
+
+
+def one_tensor(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    return q + k
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q: Any, k: Any, cos: Any, sin: Any, dim: int = 1) -> Any:
+        if dim == 0:  # none of which is ours
+            return turned_back(q, k, cos, sin), fails(q, k, cos, sin), one_tensor(q, k, cos, sin)
+        return pairs_in_a_row(q, k, cos, sin, unsqueeze_dim=dim)
+
+
+def test_replace_rotary(device: torch.device, launched: list[str]) -> None:
+    """By what it computes: in float64 exactly as before, but on the kernel; then put back. torch's generator isn't touched."""
+    model, before = Attention(), pairs_in_a_row
+    q, k = (torch.randn(2, heads, 5, 8, dtype=torch.float64, device=device) for heads in (3, 1))
+    angles = torch.randn(2, 5, 8, dtype=torch.float64, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    for dim in (1, 2):
+        args = [x.transpose(1, dim) for x in (q, k)]
+        expected, state = model(*args, cos, sin, dim), torch.get_rng_state()
+        with integrations.replace_rotary(model) as replaced:
+            assert replaced.names == (f"{__name__}.pairs_in_a_row",)
+            assert torch.equal(torch.get_rng_state(), state)
+            assert integrations.replace_rotary(model).names == ()  # ours already
+            launched.clear()
+            torch.testing.assert_close(model(*args, cos, sin, dim), expected)
+            assert launched == ["_rotary_kernel"]
+        assert pairs_in_a_row is before
+    handle = integrations.replace_rotary(model)
+    somebodys = lambda *args, **kwargs: "somebody's"  # noqa: E731
+    globals()["pairs_in_a_row"] = somebodys
+    handle.remove()
+    assert model(q, k, cos, sin) == "somebody's"
+    globals()["pairs_in_a_row"] = before
+
+
+def test_other_arguments_go_to_the_function(device: torch.device, launched: list[str]) -> None:
+    model = Attention()
+    q, k = torch.randn(2, 1, 2, 5, 8, device=device)
+    angles = torch.randn(1, 5, 8, device=device)
+    with integrations.replace_rotary(model):
+        rotated: Any = pairs_in_a_row
+        rotated(q, k, angles.cos(), angles.sin(), 1)
+        assert not launched

@@ -17,6 +17,7 @@ _FAMILIES = [
     for name in (
         "linear",
         "gated_mlp",
+        "rotary",
         "conv",
         "activation",
         "softmax",

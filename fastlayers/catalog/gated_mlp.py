@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.activation import RULES
-from ..ops.gated_mlp import _gated_mlp, gated_mlp
+from ..ops.gated_mlp import _gated_mlp, _packed_gated_mlp, gated_mlp, packed_gated_mlp
 from .row import Case, Row, case
 
 __all__ = ["ROWS"]
@@ -33,6 +33,30 @@ class Mlp(torch.nn.Module):
         return F.linear(RULES[self.activation].torch(F.linear(x, *gate)) * F.linear(x, *up), *down)
 
 
+class PackedMlp(torch.nn.Module):
+    """The same with gate and up in one weight."""
+
+    def __init__(self, nn: Any, k: int, n: int, m: int, gate_last: bool, bias: bool):
+        super().__init__()
+        self.gate_last, self.joined = gate_last, nn is not torch.nn
+        for name, (rows, columns) in dict(gate_up=(2 * n, k), down=(m, n)).items():
+            weight = torch.randn(rows, columns) / columns**0.5
+            self.register_parameter(f"{name}_weight", torch.nn.Parameter(weight))
+            self.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.randn(rows)) if bias else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        args: Any = (x, self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias)
+        if self.joined:
+            return packed_gated_mlp(*args, gate_last=self.gate_last)
+        _, weight, down_weight, bias, down_bias = args
+        gate, up = F.linear(x, weight, bias).chunk(2, -1)[:: -1 if self.gate_last else 1]
+        return F.linear(F.silu(gate) * up, down_weight, down_bias)
+
+
+def _packed(rows: Any, k: int, n: int, m: int, gate_last: bool = False, bias: bool = False) -> Case:
+    return case(lambda nn: PackedMlp(nn, k, n, m, gate_last, bias), (*rows, k))
+
+
 def _mlp(rows: Any, k: int, n: int, m: int | None = None, activation: str = "silu", bias: bool = False) -> Case:
     shape = (*rows, k) if isinstance(rows, tuple) else (rows, k)
     return case(lambda nn: Mlp(nn, k, n, m or k, activation, bias), shape)
@@ -57,6 +81,19 @@ ROWS = (
             gelu=_mlp(21, 17, 33, 5, activation="gelu", bias=True),
             gelu_tanh=_mlp((), 9, 20, activation="gelu_tanh"),
             relu=_mlp(5, 8, 16, activation="relu", bias=True),
+        ),
+    ),
+    Row(
+        "packed_gated_mlp",
+        "`gated_mlp` with gate and up as halves of one weight, in either order, as `fuse` finds it of Phi-3's "
+        "`gate_up(x).chunk(2, -1)`: neither it nor its gradient is copied",
+        "an activation that autocast widens",
+        operation=_packed_gated_mlp,
+        function="packed_gated_mlp",
+        speeds={},
+        cases=dict(
+            silu=_packed((3, 7), 19, 37, 18),
+            gate_last=_packed((5,), 9, 20, 7, gate_last=True, bias=True),
         ),
     ),
 )

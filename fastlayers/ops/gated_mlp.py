@@ -24,7 +24,7 @@ if TYPE_CHECKING or _kernels.MISSING is None:
     from ..kernels.matmul.matmul import matmul
     from ..kernels.reduce import activation_grad
 
-__all__ = ["gated_mlp"]
+__all__ = ["gated_mlp", "packed_gated_mlp"]
 
 
 def _matrix(t: Any) -> Any:
@@ -169,11 +169,92 @@ class GatedMlp(Operation):
         return gate * (needs[0] + needs[1]) + up * (needs[0] + needs[3]) + down * (any(needs[:5]) + needs[5])
 
 
+class PackedGatedMlp(GatedMlp):
+    """The same with gate and up in one weight (2 N, K) and one bias (2 N,), of which they are views. Their gradient is one tensor
+    as well, which is written half by half. Launches aren't replayed: a recording knows tensors by where they begin."""
+
+    tensors = ("input", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
+
+    class Options(NamedTuple):  # pyright: ignore[reportIncompatibleVariableOverride]
+        activation: Activation
+        gate_last: bool
+
+    def reference(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Any, gate_up_weight: Any, gate_up_bias: Any, down_weight: Any, down_bias: Any,
+        activation: Activation, gate_last: bool,
+    ) -> Any:  # fmt: skip
+        gate, up = F.linear(input, gate_up_weight, gate_up_bias).chunk(2, -1)[:: -1 if gate_last else 1]
+        return F.linear(activation(gate) * up, down_weight, down_bias)
+
+    def unsupported(self, t: Any, options: Any) -> str | None:
+        weight = t.gate_up_weight
+        if weight is None or weight.dim() != 2 or weight.shape[0] % 2:
+            return BadInput("a weight that has no halves")
+        if t.gate_up_bias is not None and t.gate_up_bias.shape != weight.shape[:1]:
+            return BadInput(f"a bias {tuple(t.gate_up_bias.shape)} for a weight {tuple(weight.shape)}")
+        return super().unsupported(self._halves(t, options), options)
+
+    def _halves(self, t: Any, options: Any) -> Any:
+        """The tensors by the names of GatedMlp's, None where they are."""
+        (gate, gate_bias), (up, up_bias) = zip(
+            *[_split(packed, options.gate_last) for packed in (t.gate_up_weight, t.gate_up_bias)], strict=True
+        )
+        return _gated_mlp.Tensors(t.input, gate, gate_bias, up, up_bias, t.down_weight, t.down_bias)
+
+    def _sizes(self, t: Any) -> Any:
+        """The same of descriptions, as far as sizes go."""
+        rows, k = t.gate_up_weight.shape
+        half = Out((rows // 2, k), t.input.dtype)
+        return _gated_mlp.Tensors(t.input, half, None, half, None, t.down_weight, t.down_bias)
+
+    def outputs(self, t: Any, options: Any, needs: Needs | None) -> dict[str, Out | str]:
+        return super().outputs(self._sizes(t), options, needs and _twice(needs))
+
+    def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
+        super().forward(self._halves(t, options), out, options, precision)
+
+    def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
+        names = super().saves(t, options, _twice(needs))
+        return (*names[:-2], "gate_up_weight") if needs[0] else names
+
+    def backward(self, grads: Any, dy: Named, saved: Named, options: Any, precision: str) -> None:
+        super().backward(self._halves(grads, options), dy, _saved_halves(saved, options), options, precision)
+
+    def differentiate(self, dy: Named, saved: Named, like: Any, options: Any, needs: Needs) -> Tensors:
+        saved = _saved_halves(saved, options)
+        found = super().differentiate(dy, saved, like, options, _twice(needs))
+        turn = -1 if options.gate_last else 1
+        packed = [None if found[i] is None else torch.cat((found[i], found[i + 2])[::turn]) for i in (1, 2)]
+        return [found[0], *packed, found[5], found[6]]
+
+    def flops(self, like: Any, options: Any, needs: Needs | None) -> int:
+        return super().flops(self._sizes(like), options, needs and _twice(needs))
+
+
+def _split(packed: Any, gate_last: bool) -> tuple[Any, Any]:
+    """Views of the gate's half and the other one's."""
+    if packed is None:
+        return None, None
+    first, second = packed.tensor_split(2)
+    return (second, first) if gate_last else (first, second)
+
+
+def _saved_halves(saved: Named, options: Any) -> Named:
+    gate, up = _split(saved.gate_up_weight, options.gate_last)
+    return Named(saved, gate_weight=gate, up_weight=up)
+
+
+def _twice(needs: Needs) -> Needs:
+    """The needs of GatedMlp's tensors."""
+    x, weight, bias, down, down_bias = needs
+    return x, weight, bias, weight, bias, down, down_bias
+
+
 def _sum(a: Any, b: Any) -> Any:
     return b if a is None else a + b
 
 
-_gated_mlp = GatedMlp()
+_gated_mlp, _packed_gated_mlp = GatedMlp(), PackedGatedMlp()
 
 
 def gated_mlp(
@@ -201,12 +282,46 @@ def gated_mlp(
         given.
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
     """
+    tensors = (input, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias)
+    return _gated_mlp(tensors, _named(activation))
+
+
+def packed_gated_mlp(
+    input: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: str = "silu",
+    *,
+    gate_last: bool = False,
+) -> torch.Tensor:
+    """`gated_mlp` with gate and up in one weight, as Phi-3 and timm's SwiGLUPacked have it:
+
+        gate, up = linear(input, gate_up_weight, gate_up_bias).chunk(2, -1)
+        linear(activation(gate) * up, down_weight, down_bias)
+
+    Neither the weight nor its gradient is copied: both products read and write their half of it. Rounding as gated_mlp's.
+
+    Shape: input (*, K), gate_up_weight (2 N, K), down_weight (M, N), gate_up_bias (2 N,), down_bias (M,), all with any strides;
+        the result (*, M), contiguous.
+    Dtype, Runs on Triton when, Raises: as gated_mlp.
+
+    Args:
+        gate_last: whether the gate is the second half, as in timm's GluMlp.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+    """
+    tensors = (input, gate_up_weight, gate_up_bias, down_weight, down_bias)
+    return _packed_gated_mlp(tensors, _named(activation), gate_last)
+
+
+def _named(activation: str) -> Activation:
     name, approximate = ("gelu", ("tanh",)) if activation == "gelu_tanh" else (activation, ())
     try:
-        found = CALLS[name](*approximate)
+        return CALLS[name](*approximate)
     except (KeyError, TypeError):
         raise ValueError(f"no activation {activation!r} without options") from None
-    return _gated_mlp((input, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias), found)
 
 
 def gated_layers(
@@ -218,3 +333,10 @@ def gated_layers(
 ) -> torch.Tensor | None:
     """The same of three layers, each a weight and a bias or None. None where the kernels don't take it whole."""
     return _gated_mlp((input, *gate, *up, *down), activation, joined=True)
+
+
+def packed_gated_layers(
+    input: torch.Tensor, gate_up: tuple[Any, Any], down: tuple[Any, Any], activation: Activation, gate_last: bool
+) -> torch.Tensor | None:
+    """The same of two layers, of which the first one's result has the gate in one of its halves."""
+    return _packed_gated_mlp((input, *gate_up, *down), activation, gate_last, joined=True)
