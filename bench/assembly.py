@@ -140,18 +140,22 @@ def kind(name: str) -> str:
     return next((kind for kind, pattern in _KIND_PATTERNS if pattern.match(name)), "integer")
 
 
-def main_loop(code: list[Instruction]) -> dict[str, int]:
-    """The instructions of the main loop by kind: the innermost loop with the most matrix instructions, of several the first,
-    after which others are for the rare case; or, where none has any, the longest innermost loop. Empty for a kernel without
-    loops."""
+def main_loop_body(code: list[Instruction]) -> list[Instruction]:
+    """The main loop: the innermost loop with the most matrix instructions, of several the first, after which others are for
+    the rare case; or, where none has any, the longest innermost loop. Empty for a kernel without loops."""
     found = [body for body in loops(code) if len(body) > 1]
     matrix = {i for i, instruction in enumerate(code) if kind(instruction.name) == "matrix"}
     candidates = [body for body in found if body & matrix] or found
     innermost = [body for body in candidates if not any(other < body for other in candidates)]
     if not innermost:
-        return {}
+        return []
     body = max(innermost, key=lambda body: (len(body & matrix), -min(body) if body & matrix else len(body)))
-    return dict(sorted(collections.Counter(kind(code[i].name) for i in body).items()))
+    return [code[i] for i in sorted(body)]
+
+
+def main_loop(code: list[Instruction]) -> dict[str, int]:
+    """The instructions of the main loop by kind."""
+    return dict(sorted(collections.Counter(kind(instruction.name) for instruction in main_loop_body(code)).items()))
 
 
 def width(name: str) -> int:

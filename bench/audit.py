@@ -39,7 +39,7 @@ from fastlayers.kernels.runtime import launch as _launch
 from fastlayers.kernels.runtime import tiles as _tiles
 from fastlayers.reporting import gpus
 
-from . import assembly
+from . import assembly, estimate
 from .cases import TARGETS, Case, cases, representative
 
 Row = dict[str, Any]
@@ -72,7 +72,8 @@ class _OfflineDriver:
 
 @contextlib.contextmanager
 def _compiling(target: str, case: Case, compiled: list[Any]) -> Iterator[None]:
-    """Within, launching the case's kernel compiles it for `target`, and launching any other does nothing."""
+    """Within, launching the case's kernel compiles it for `target`, and launching any other does nothing. `compiled` becomes
+    what was compiled and the number of its programs."""
     to_skip = case.before
 
     def launch(launched: Any, programs: int, *args: Any, **meta: Any) -> None:
@@ -84,7 +85,7 @@ def _compiling(target: str, case: Case, compiled: list[Any]) -> Iterator[None]:
             return
         if case.wide:
             meta["WIDE"] = True  # some launchers ask for sizes that no case has
-        compiled.append(launched.warmup(*args, grid=(1,), **meta))
+        compiled[:] = launched.warmup(*args, grid=(1,), **meta), programs
 
     before = _launch.launch, _launch.wide, _tiles.device
     driver.set_active(_OfflineDriver(target))  # type: ignore[arg-type]
@@ -139,6 +140,7 @@ def _read(target: str, compiled: Any) -> Row:
         "loads": assembly.widths(code, "global load"),
         "stores": assembly.widths(code, "global store"),
         "loop": assembly.main_loop(code),
+        "pass": found._asdict() if (found := estimate.counted(code)) and target.startswith("sm_") else None,
     }
 
 
@@ -166,7 +168,23 @@ def audit(index: int, target: str) -> Row:
         for name, gpu in gpus.GPUS.items()
         if gpu.target == target
     }
+    if row.get("pass") and case.alone and estimate.factors():
+        row["estimated ms"] = {
+            name: found
+            for name in estimate.ESTIMATED
+            if gpus.GPUS[name].target == target and (found := _estimated(row, case, gpus.GPUS[name], compiled[1]))
+        }
     return row
+
+
+def _estimated(row: Row, case: Case, gpu: gpus.GPU, programs: int) -> estimate.Estimate | None:
+    """Strict float32 is three products in TF32, or six in bfloat16, where a kernel computes it on tensor cores."""
+    counted = estimate.Counted(**row["pass"])
+    several = (
+        {"tf32": 3, "16": 6} if "tf32x3" in case.label or "bf16x6" in case.label or case.arithmetic == "ieee" else {}
+    )
+    products = several.get(next(iter(counted.tensor), ""), 1)
+    return estimate.estimate(counted, gpu, case.work, programs * row["threads"] // 32, products)
 
 
 def _wrong(case: Case, row: Row) -> str | None:
@@ -224,6 +242,7 @@ _KEPT = (
     "loads",
     "stores",
     "loop",
+    "pass",
 )
 
 
@@ -237,7 +256,7 @@ def read_baseline(path: Path = BASELINE) -> tuple[str | None, dict[tuple[str, st
 
 def write_baseline(rows: Iterable[Row], path: Path = BASELINE) -> None:
     """One row a line, sorted, without what differs from run to run: a change shows as the lines it concerns."""
-    kept = [{key: row[key] for key in _KEPT} for row in rows if "registers" in row]
+    kept = [{key: row.get(key) for key in _KEPT} for row in rows if "registers" in row]
     kept.sort(key=lambda row: (TARGETS.index(row["target"]), row["kernel"]))
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in kept)
     path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
@@ -251,16 +270,24 @@ def _cells(row: Row) -> list[str]:
     loop = row["loop"]
     kinds = " ".join(f"{n} {kind}" for kind, n in sorted(loop.items(), key=lambda item: -item[1]))
     least = " ".join(f"{1000 * ms:,.1f} us {gpu}" for gpu, ms in row.get("least ms", {}).items()) or "-"
+    estimated = " ".join(f"{_range(found)} us {gpu}" for gpu, found in row.get("estimated ms", {}).items()) or "-"
     return [
         row["kernel"], row["target"], str(row["registers"]), str(row["spills"]), str(row["stack"]), str(row["shared"]),
         matrix, str(row["tma"]), widths(row["async"]), widths(row["loads"]), widths(row["stores"]),
-        str(row.get("intensity", "-")), least, str(row["seconds"]), f"{sum(loop.values())}: {kinds}" if loop else "none",
+        str(row.get("intensity", "-")), least, estimated, str(row["seconds"]),
+        f"{sum(loop.values())}: {kinds}" if loop else "none",
     ]  # fmt: skip
+
+
+def _range(found: estimate.Estimate) -> str:
+    """Between what the fastest and the slowest of the published kernels took, in estimates."""
+    return " to ".join(f"{1000 * factor * found.milliseconds:,.1f}" for factor in estimate.factors() or ())
 
 
 _HEADINGS = (
     ("kernel", 62), ("target", 7), ("regs", 4), ("spills", 6), ("stack", 5), ("shared", 6), ("matrix", 30), ("tma", 3),
-    ("async", 7), ("loads", 12), ("stores", 12), ("FLOP/B", 7), ("least time", 31), ("s", 5), ("main loop", 0),
+    ("async", 7), ("loads", 12), ("stores", 12), ("FLOP/B", 7), ("least time", 31),
+    ("estimated, not measured", 44), ("s", 5), ("main loop", 0),
 )  # fmt: skip
 
 

@@ -36,6 +36,8 @@ class Case:
     """How many launches of the same kernel come before this one."""
     cost: Callable[[], Work] | None = None
     """What the whole call computes and moves, where the call's arguments don't say it."""
+    alone: bool = True
+    """Whether the whole call's work is this kernel's."""
 
     @property
     def streams(self) -> bool:

@@ -28,6 +28,7 @@ from fastlayers.ops.activation import Activation
 
 from . import catalog_cases
 from .case import TARGETS, Case
+from .estimate import published_rows
 
 __all__ = ["TARGETS", "Case", "cases", "representative"]
 
@@ -375,7 +376,8 @@ def representative(case: Case, target: str) -> bool:
     - on the other targets an eighth of what is in bfloat16, TF32 and what memory decides, and nothing of the rest; of what
       follows from the catalog, and on sm_86 and sm_89, which have sm_80's instructions and less memory, a forty-eighth;
     - which ones is decided by a checksum of their names, so that a new case changes nothing for the others;
-    - of every kernel at least one.
+    - of every kernel at least one;
+    - what is compared with published figures.
     """
     return case.label in _representative(target)
 
@@ -411,7 +413,7 @@ def _representative(target: str) -> frozenset[str]:
         if case.kernel not in seen and case.dtype != torch.float16:
             chosen.append(case)
             seen.add(case.kernel)
-    return frozenset(case.label for case in chosen)
+    return frozenset(case.label for case in chosen) | published_rows(target)
 
 
 def _loss_cases() -> Iterator[Case]:

@@ -110,7 +110,9 @@ class _Cases:
             work = functools.partial(_work, case, dtype, "backward" if launch.backward else "forward")
             # The small cases' odd sizes are for narrow offsets alone: nobody has 2**31 elements of them.
             wide = "WIDE" in launch.meta and name in self.row.speeds
-            self.found.append(Case(label, launched, dtype, call, {}, can_be_wide=wide, before=earlier, cost=work))
+            alone = sum(other.backward == launch.backward for other in noted.launches) == 1
+            options: Any = dict(can_be_wide=wide, before=earlier, cost=work, alone=alone)
+            self.found.append(Case(label, launched, dtype, call, {}, **options))
         return len(self.found) > before
 
 
