@@ -1,8 +1,9 @@
-"""Copies of operands in which k runs along memory, for products that tensor cores compute in float32.
+"""Copies of operands in which k runs along memory, for products that tensor cores compute in TF32.
 
-These take their operands from shared memory with k contiguous alone. A tile that arrives otherwise is transposed in the main loop
-on its way through registers, whose writes lie 16 to a bank: tensor cores would wait for them four times as long as they compute.
-A copy costs eight bytes of memory for each element, once, where a product reads an element once for each tile of c.
+Tensor cores read TF32 from shared memory with k contiguous alone. A tile that arrives otherwise is transposed in the main loop,
+through registers, and the stores of neighbouring threads fall into the same two banks: they take four times as long as the
+products. A copy moves eight bytes of memory for each element, once, where the loop transposes an element for each tile of c that
+it contributes to.
 """
 
 import math
