@@ -360,8 +360,9 @@ def test_float32_obeys_cudnns_switch(device: torch.device, monkeypatch: pytest.M
 def test_images_that_are_gathered_often_are_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """With their weight, from the FLOPs on from which boxes copy theirs, if a group's channels are whole vectors."""
     monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 2 * 9 * 16 * 16 * 3 * 5)
-    copied, copy = [], layout._copy
-    monkeypatch.setattr(layout, "_copy", lambda *args: copied.append(args) or copy(*args))
+    copied: list[Any] = []
+    copy = layout._copy
+    monkeypatch.setattr(layout, "_copy", lambda *args: (copied.append(args), copy(*args)))
     for channels, groups, width, count in ((16, 1, 5, 6), (32, 2, 3, 6), (24, 2, 6, 0), (16, 1, 4, 0)):
         copied.clear()
         x, w = r(1, channels, 3, width, device=device), r(channels, channels // groups, 3, 3, device=device)

@@ -165,14 +165,14 @@ def test_operands_are_copied_so_that_k_is_contiguous(
 def test_what_one_tile_reads_is_not_copied() -> None:
     """A copy costs more than the transposition of each tile, unless the tiles are read several times."""
 
-    def pick(*sizes: int, dtype: torch.dtype = torch.float32) -> Product:
+    def pick(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> Product:
         device = Device("sm_90", 132)
-        return matmul_tiles.matmul(*sizes, dtype, "tf32", device, vectors=True, descriptors=True)
+        return matmul_tiles.matmul(m, n, k, dtype, "tf32", device, vectors=True, descriptors=True)
 
     assert pick(8192, 4096, 4096).copied
     assert not pick(64, 4096, 65536).copied
     assert not pick(8192, 64, 65536).copied
-    assert not pick(8192, 4096, 4096, dtype=torch.bfloat16).copied
+    assert not pick(8192, 4096, 4096, torch.bfloat16).copied
 
 
 @pytest.mark.parametrize("way", ["pointers", "descriptors", "descriptors, persistent"])
