@@ -370,12 +370,10 @@ def matmul(
         return out
     (tile, turn), splits = turned.fit(plan.tile, turn and not plan.descriptors), plan.splits
     if operand_sums is not None and plan.descriptors and plan.precision == "tf32" and (a.stride(1) == 1 or plan.copied):
-        # The product would read tiles of a from the buffers that threads read to sum its rows: see _sum_products. Where rows
-        # of a aren't contiguous, both read registers.
+        # Else threads would sum rows in buffers that the product reads: see _sum_products. Transposed, both read registers.
         activation_grad(a.T[None], None, None, None, operand_sums)
         operand_sums = None
-    if plan.copied:
-        a, b = columns_contiguous(a.T).T, columns_contiguous(b)
+    a, b = (columns_contiguous(a.T).T, columns_contiguous(b)) if plan.copied else (a, b)
     c, sums, rows = out, None, operand_sums
     if splits > 1:
         c = launch.empty((splits, m, n), dtype=accumulate, device=a.device)
