@@ -21,7 +21,7 @@ from fastlayers.kernels.conv import gather as conv
 from fastlayers.kernels.conv import layout
 from fastlayers.kernels.conv import tiles as conv_tiles
 from fastlayers.kernels.conv.geometry import Geometry
-from fastlayers.kernels.matmul import matmul
+from fastlayers.kernels.matmul import matmul, transpose
 from fastlayers.kernels.matmul import tiles as matmul_tiles
 from fastlayers.kernels.runtime import tiles as _tiles
 from fastlayers.ops.activation import Activation
@@ -118,7 +118,10 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
                 directions += ["input grad", "weight grad", "weight grad, bias grad"]
             if product.splits > 1:
                 directions = ["forward", "input grad", "weight grad, bias grad"]
-            tile, how = product.tile, " transposed" * product.transposed + " persistent" * (product.programs > 0)
+            if product.copied:
+                directions = [direction for direction in directions if "grad" in direction]
+            how = " transposed" * product.transposed + " copied" * product.copied
+            how, tile = how + " persistent" * (product.programs > 0), product.tile
             name = (
                 f"{kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps}s{tile.stages}{how}{' shared' * (product.splits > 1)}"
             )
@@ -129,6 +132,9 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
                     if direction in directions:
                         label = f"matmul tma{alignment} {direction} {name}"
                         yield Case(label, "_matmul_tma_kernel", dtype, call, dict(matmul=product))
+        for size in (4096, 4100, 4099) if kind == "tf32" else ():  # columns: what 16, 4 and 1 divide
+            call = functools.partial(transpose.columns_contiguous, _maker(torch.float32)(8192, 4112)[:, :size])
+            yield Case(f"transpose to columns {size}", "_transpose_kernel", torch.float32, call, {})
 
 
 def _specialized_cases() -> Iterator[Case]:

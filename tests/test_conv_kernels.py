@@ -88,12 +88,12 @@ def boxes(launched: list[str]) -> Iterator[None]:
 def test_boxes(
     kernel: tuple[int, int], stride: Any, dilation: Any, padding: Any, size: tuple[int, int], device: torch.device
 ) -> None:
-    """Taps before and after the image, phases, images that don't fill a phase; channels that don't fill a tile."""
+    """Taps before and after the image, phases, images that don't fill a phase; channels that don't fill a tile. The weight lies
+    otherwise for an input gradient in 16 bits."""
     c, o = (18, 17) if kernel[0] * kernel[1] < 10 else (10, 5)
-    check(
-        last(1, c, *size).to(device), last(o, c, *kernel).to(device), r(o, device=device),
-        stride=stride, dilation=dilation, padding=padding,
-    )  # fmt: skip
+    given = last(1, c, *size).to(device), last(o, c, *kernel).to(device), r(o, device=device)
+    check(*given, stride=stride, dilation=dilation, padding=padding)
+    within_budget(*(t.half() for t in given), stride=stride, dilation=dilation, padding=padding)
 
 
 @pytest.mark.parametrize("i", range(len(FORMATS)))
@@ -355,3 +355,16 @@ def test_float32_obeys_cudnns_switch(device: torch.device, monkeypatch: pytest.M
         seen.clear()
         layer(x).sum().backward()
         assert {p for p in seen if p} == {value}
+
+
+def test_images_that_are_gathered_often_are_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their weight, from the FLOPs on from which boxes copy theirs, if a group's channels are whole vectors."""
+    monkeypatch.setattr(conv_tiles, "BOX_FLOPS", 2 * 9 * 16 * 16 * 3 * 5)
+    copied: list[Any] = []
+    copy = layout._copy
+    monkeypatch.setattr(layout, "_copy", lambda *args: (copied.append(args), copy(*args)))
+    for channels, groups, width, count in ((16, 1, 5, 6), (32, 2, 3, 6), (24, 2, 6, 0), (16, 1, 4, 0)):
+        copied.clear()
+        x, w = r(1, channels, 3, width, device=device), r(channels, channels // groups, 3, 3, device=device)
+        check(x, w, None, padding=1, groups=groups)
+        assert len(copied) == count

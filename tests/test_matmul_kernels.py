@@ -147,6 +147,34 @@ def test_tf32_row_sums_apart_from_the_product(device: torch.device, launched: li
         assert_within_budget(sums, a.sum(1), a.double().sum(1))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("columns", [24, 22, 21])
+def test_operands_are_copied_so_that_k_is_contiguous(
+    columns: int, layout: str, device: torch.device, launched: list[str]
+) -> None:
+    """Each that isn't so yet, once. k isn't a multiple of the copies' vectors, and rows of b may have any length."""
+    a, b = operands(layout, 72, 24, 43 if layout == "weight grad" else 44, torch.float32, device)
+    a, b, sums = a, b[:, :columns], torch.empty(72, device=device).fill_(float("nan"))
+    with _tiles.force(matmul=Product(Tile(32, 16, 16), "ieee", descriptors=True, copied=True)):
+        c = matmul_kernels.matmul(a, b, precision="ieee", operand_sums=sums)
+    assert launched.count("_transpose_kernel") == (a.stride(1) != 1) + (b.stride(0) != 1)
+    assert_within_budget(c, a @ b, a.double() @ b.double())
+    assert_within_budget(sums, a.sum(1), a.double().sum(1))
+
+
+def test_what_one_tile_reads_is_not_copied() -> None:
+    """A copy costs more than the transposition of each tile, unless the tiles are read several times."""
+
+    def pick(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> Product:
+        device = Device("sm_90", 132)
+        return matmul_tiles.matmul(m, n, k, dtype, "tf32", device, vectors=True, descriptors=True)
+
+    assert pick(8192, 4096, 4096).copied
+    assert not pick(64, 4096, 65536).copied
+    assert not pick(8192, 64, 65536).copied
+    assert not pick(8192, 4096, 4096, torch.bfloat16).copied
+
+
 @pytest.mark.parametrize("way", ["pointers", "descriptors", "descriptors, persistent"])
 def test_offsets_of_64_bits(way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """c's rows lie 2**31 elements apart, the last of which aren't there: the check that nothing wraps sees them."""

@@ -78,7 +78,11 @@ def _sum_taps(
             i = tap // taps_w
             j = tap % taps_w
             b = x.load([first_n, top - i * BACK_H, left - j * BACK_W, first_c + k])
-            a = w.load([first_c + k, ((first_r + i * STEP_H) * S + first_s + j * STEP_W) * w_tap + first_m]).T
+            column = ((first_r + i * STEP_H) * S + first_s + j * STEP_W) * w_tap
+            if w.dtype.primitive_bitwidth == 16:
+                a = w.load([first_c + k, column + first_m]).T
+            else:
+                a = w.load([first_m, column + first_c + k])
         else:
             h = tap // S * DILATION_H - pad_h
             v = tap % S * DILATION_W - pad_w
@@ -417,10 +421,13 @@ def _launch_box(
         crowded=wide or members > 1 or partials is not None or ((residual, z) != (None, None) and y.stride(1) != 1),
     )  # fmt: skip
     x_desc = _descriptor(x, [images, rows_h, rows_w, tile.k], phases)
+    # Tensor cores take 32 bits with the summed channels contiguous alone: for an input gradient the weight is transposed once.
+    turned = input_grad and w.element_size() > 2
     # The last step over the channels of a tap reads beyond them, where there must be zeros.
-    step = 16 // w.element_size() if input_grad else tile.k
-    w = weight_operand(w, step) if members == 1 else pack_weight(w, groups * members, members, step)
-    w_desc, w_tap = _weight_descriptor(w, [tile.k, tile.m] if input_grad else [tile.m, tile.k])
+    step = 16 // w.element_size() if input_grad and not turned else tile.k
+    w = pack_weight(w, groups * members, members, step) if members > 1 else w
+    w = weight_operand(w.transpose(0, 1) if turned else w, step)
+    w_desc, w_tap = _weight_descriptor(w, [tile.k, tile.m] if input_grad and not turned else [tile.m, tile.k])
     boxes = tiles.cdiv(n, images)
     boxes *= tiles.cdiv(tiles.cdiv(h, classes[0]), rows_h) * tiles.cdiv(tiles.cdiv(v, classes[1]), rows_w)
     accumulate = torch.promote_types(x.dtype, torch.float32)

@@ -25,7 +25,7 @@ from . import boxes, depthwise
 from . import tiles as picks
 from .boxes import first_tap
 from .geometry import Geometry
-from .layout import as_matrix
+from .layout import as_matrix, gathered
 from .layout import channels_last as channels_last_copy
 
 _TAPS = 62
@@ -367,6 +367,7 @@ def conv2d(
         return y
     pixels, o = n * oh * ow, o // geometry.groups
     accumulate = torch.promote_types(x.dtype, torch.float32)
+    x = gathered(x, c, w, y)
     w = _with_layout_of(x, w)
     wide = launch.wide(x, w, y)
     one_tap = r * s <= _TAPS
@@ -429,6 +430,7 @@ def conv2d_input_grad(
     # Every class gets as many tiles as the largest one needs.
     pixels = n * tiles.cdiv(height, geometry.stride[0]) * tiles.cdiv(width, geometry.stride[1])
     accumulate = torch.promote_types(dz.dtype, torch.float32)
+    dz = gathered(dz, o, w, dz)
     w = _with_layout_of(dz, w)
     wide = launch.wide(dz, w, dx)
     one_tap = r * s <= _TAPS
@@ -473,6 +475,7 @@ def conv2d_weight_grad(
     if boxes.conv2d_weight_grad(dz, x, dw, geometry, precision=precision):
         return dw
     o, pixels, columns = o // geometry.groups, n * oh * ow, r * s * c
+    x, dz = gathered(x, c, dw, dz), gathered(dz, o, dw, dz)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     wide = launch.wide(dz, x, dw)
     tile, splits = picks.conv_weight_grad(

@@ -174,3 +174,13 @@ def weight_operand(w: torch.Tensor, step: int) -> torch.Tensor:
     """w (O, C, R, S), or a copy, that in memory is (O, R, S, C) with a multiple of `step` channels. The copy has zeros added."""
     in_order = is_channels_last(w) and rows_follow(w)
     return w if in_order and w.shape[1] % step == 0 else channels_last(w, pitch=whole(w.shape[1], step))
+
+
+def gathered(x: torch.Tensor, c: int, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The image x that a convolution with the weight w and the result y gathers through pointers, or a copy in channels_last.
+
+    Neighbouring threads take neighbouring channels, of c in each group. Where these lie apart, each thread asks for a sector of
+    32 bytes for its element, and does so again for each tap. A copy reads and writes every element once.
+    """
+    flops = 2 * y.numel() // max(y.shape[1], 1) * w.numel()
+    return channels_last(x) if x.stride(1) != 1 and c % 16 == 0 and flops >= picks.BOX_FLOPS else x

@@ -11,7 +11,8 @@ from ..runtime.tiles import Device, Tile, ask, cdiv, forced
 # The tiles of convolutions by boxes: m channels of the result, n pixels, k channels that are summed; in the weight gradient m
 # channels of x, n channels of dz, k pixels. An architecture that isn't listed here uses the kernels that load through pointers.
 BOX_ARCHITECTURES = ("sm_90", "sm_100")
-BOX_FLOPS = 500_000_000  # below, making descriptors takes longer than the convolution; an estimate, not measured
+# Below, copying operands and making descriptors takes longer than the convolution; an estimate, not measured.
+BOX_FLOPS = 500_000_000
 _BOX = {
     ("16", "large"): Tile(128, 256, 64, warps=8, stages=4),
     ("16", "medium"): Tile(128, 128, 64, warps=8, stages=3),

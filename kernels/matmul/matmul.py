@@ -18,6 +18,7 @@ from ..reduce import activation_grad, sum_partials
 from ..runtime import launch, tiles
 from . import tiles as picks
 from . import turned
+from .transpose import columns_contiguous
 
 
 @triton.jit
@@ -368,11 +369,11 @@ def matmul(
         specialized.matmul(a, b, out, plan, bias=bias, then=then)
         return out
     (tile, turn), splits = turned.fit(plan.tile, turn and not plan.descriptors), plan.splits
-    if operand_sums is not None and plan.descriptors and plan.precision == "tf32" and a.stride(1) == 1:
-        # The product would read tiles of a from the buffers that threads read to sum its rows: see _sum_products. Where rows
-        # of a aren't contiguous, both read registers.
+    if operand_sums is not None and plan.descriptors and plan.precision == "tf32" and (a.stride(1) == 1 or plan.copied):
+        # Else threads would sum rows in buffers that the product reads: see _sum_products. Transposed, both read registers.
         activation_grad(a.T[None], None, None, None, operand_sums)
         operand_sums = None
+    a, b = (columns_contiguous(a.T).T, columns_contiguous(b)) if plan.copied else (a, b)
     c, sums, rows = out, None, operand_sums
     if splits > 1:
         c = launch.empty((splits, m, n), dtype=accumulate, device=a.device)

@@ -74,6 +74,8 @@ class Product:
     """For a persistent kernel, the number of programs, each of which computes several tiles; 0 for a program for each tile."""
     transposed: bool = False
     """Whether c^T = b^T @ a^T is computed. A tile has at least 64 rows but only 16 columns, so few rows of a are columns then."""
+    copied: bool = False
+    """Whether operands whose k isn't contiguous are copied first (transpose.py), rather than transposed tile by tile."""
     specialized: bool = False
     """Whether the warps of a program have different jobs (experimental/specialized.py). Such a kernel is persistent as well."""
 
@@ -167,6 +169,7 @@ class _Clock:
     """bytes from memory to all of them"""
 
 
+_COPIED = ("tf32", "tf32x3")  # what tensor cores take with contiguous k alone
 _CLOCKS = {"sm_90": _Clock(4096, 64, 32, 2350), "sm_100": _Clock(8192, 64, 48, 4200)}
 _SHARE_OF_16 = {"16": 1, "tf32": 1 / 2, "tf32x3": 1 / 6, "bf16x6": 1 / 6}
 
@@ -304,6 +307,8 @@ def descriptor_products(architecture: str) -> dict[str, list[Product]]:
         persistent = [replace(product, programs=132) for product in plain if _can_persist(product.tile)]
         shared = [replace(product, splits=2) for product in plain + skinny]
         products[kind] = plain + skinny + persistent + shared
+        if kind in _COPIED:
+            products[kind] += [replace(product, copied=True) for product in products[kind] if not product.transposed]
     return products
 
 
@@ -353,6 +358,9 @@ def _through_descriptors(
             if cycles < least:
                 best, least = candidate, cycles
     assert best is not None
+    # An operand that one row or column of tiles reads is read once: copying it would be most of the memory's traffic.
+    reused = m > best.tile.m and n > best.tile.n and not best.transposed
+    best = replace(best, copied=kind in _COPIED and reused)
     large = best.splits == 1 and not best.transposed and (best.tile.m * best.tile.n >= _SPECIALIZED.m * _SPECIALIZED.n)
     if device.architecture in SPECIALIZED and kind == "16" and plain and large:
         return specialized(device)

@@ -79,11 +79,11 @@ def _products(target: str) -> Iterator[Run]:
         for product in products:
             if not product.programs and product.splits == 1:
                 tile = product.tile
-                turned = " transposed" * product.transposed
+                turned = " transposed" * product.transposed + " copied" * product.copied
                 rows.append((kind, f"product by descriptors {tile.m}x{tile.n}x{tile.k}{turned}", product))
     for kind, name, product in rows:
         short, dtype = arithmetics.get(kind, (kind, torch.float32))
-        for layout in LAYOUTS:
+        for layout in list(LAYOUTS)[product.copied :]:  # a forward product has nothing to copy
             yield Run(f"{name} {layout}", short, target, functools.partial(_product, product, layout, dtype))
 
 
@@ -118,10 +118,12 @@ def _convolutions(target: str) -> Iterator[Run]:
         for order, last in (("NHWC", True), ("NCHW", False)):
             ways = [("bf16", torch.bfloat16, 10**15), ("f32", torch.float32, 10**15), ("tf32", torch.float32, 10**15)]
             boxes = [("bf16", torch.bfloat16, 0), ("tf32", torch.float32, 0)] if target == "sm_90" else []
+            if target == "sm_80" and name == "3x3" and not last:
+                boxes = [("bf16", torch.bfloat16, 0), ("f32", torch.float32, 0)]  # which it hasn't
             if name == "depthwise 3x3":
                 ways, boxes = ways[:2], []
             for short, dtype, least in ways + boxes:
-                how = "by boxes" if least == 0 else "through pointers"
+                how = "through pointers" if least else "copied" if target == "sm_80" else "by boxes"
                 call = functools.partial(_convolution, dtype, last, least, x, w, **options)
                 yield Run(f"conv {how} {name} {order}", short, target, call)
 

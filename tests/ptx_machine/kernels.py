@@ -172,6 +172,10 @@ def _product_runs(kind: str) -> Iterator[tuple[str, str, int]]:
         yield "f16", "forward", 8
 
 
+_COPIED_RUNS = (("f32", "weight gradient", 4), ("f32", "input gradient", 0))
+"""The same of those whose operands are copied, after which they are a forward product's."""
+
+
 def _products() -> Iterator[Run]:
     """Every product through descriptors; in `make test` the smallest tile of each way. And TF32 through pointers, whose rows of
     the left operand are summed."""
@@ -179,15 +183,16 @@ def _products() -> Iterator[Run]:
         seen = set()
         for product in sorted(products, key=lambda p: p.tile.m * p.tile.n):
             way = " persistent" * (product.programs > 0) + " shared" * (product.splits > 1)
-            way += " transposed" * product.transposed
+            way += " transposed" * product.transposed + " copied" * product.copied
             name = f"product {product.tile.m}x{product.tile.n}x{product.tile.k}{way}"
-            for short, layout, odd in _product_runs(kind):
+            runs = _COPIED_RUNS if product.copied else _product_runs(kind)
+            for short, layout, odd in runs:
                 quick = (kind, short, layout, odd) == ("16", "bf16", "weight gradient", 8) and way not in seen
                 if quick:
                     seen.add(way)
                 call = functools.partial(_product, product, DTYPES[short], *_LAYOUTS[layout], odd)
                 arithmetic = short if kind == "16" else kind
-                yield Run(f"{name} {layout}{' of rows of 8' * (odd > 0)}, {arithmetic}, sm_90", call, quick)
+                yield Run(f"{name} {layout}{f' of rows of {odd}' * (odd > 0)}, {arithmetic}, sm_90", call, quick)
     for layout, (a, b) in _LAYOUTS.items():
         call = functools.partial(_product, matmul_tiles.specialized(H100), torch.bfloat16, a, b, 0)
         yield Run(f"product specialized {layout}, bf16, sm_90", call, layout == "forward")
@@ -294,6 +299,10 @@ def _convolutions() -> Iterator[Run]:
                     quick = short == "bf16" and last and name == "3x3" and target == "sm_90"
                     label = f"conv through pointers {name} {order}, {short}, {target}"
                     yield Run(label, functools.partial(call, 10**15), quick)
+                if name == "3x3" and not last:
+                    arithmetic = "tf32" if short == "f32" else short
+                    label = f"conv through pointers {name} copied {order}, {arithmetic}, sm_80"
+                    yield Run(label, functools.partial(call, 0), False)
     for channels in (24, 64):
         for short in DTYPES:
             for target in TARGETS:
