@@ -1,4 +1,4 @@
-"""Losses of one element each: a function of the input x and the target t, times a weight, and then the mean or the sum.
+"""Elementwise losses: a function of the input x and the target t, times a weight, and then the mean or the sum.
 
 A loss is a pair of tile functions, `name(x, t, p, A)` and `name_grad(x, t, p, A)`, which returns the derivatives with respect to
 x and to t. A is a tuple with the loss's options, and p the weight of positive examples, None where there is none. Of the two
@@ -23,10 +23,10 @@ _ELEMENTWISE_LOSS_GRAD = Tile(1, 1024, warps=4)
 """n elements at a time."""
 
 _PROGRAMS = 8
-"""So many programs for each multiprocessor add up the losses, which keeps the partial sums few."""
+"""How many programs for each multiprocessor add up the losses. More would leave more partial sums to add."""
 
 _DIMENSIONS = 3
-"""Tensors whose strides can't be described with so many dimensions, all tensors of a call in the same order, are copied."""
+"""The most dimensions that kernels take. Where a call's tensors have more after those that can be merged are, they are copied."""
 
 
 class Loss(Protocol):
@@ -108,7 +108,7 @@ def huber_grad(x, t, p, A: tl.constexpr):
 
 @triton.jit
 def _at_least(x, bound):
-    """The larger of both; NaN stays."""
+    """The larger of the two; NaN if one is NaN."""
     return tl.where(x < bound, bound, x)
 
 
@@ -297,8 +297,8 @@ def _elementwise_loss_grad_kernel(
 
 
 def _collapse(shape: Sequence[int], each: Sequence[torch.Tensor | None]) -> tuple[list[int], list[list[int]]]:
-    """The sizes, and the strides of each tensor, with as few dimensions as describe all of them: neighbouring ones are one where
-    in all tensors they lie behind each other."""
+    """The sizes, and the strides of each tensor, with as few dimensions as possible: neighbouring dimensions are merged where all
+    tensors can be viewed so."""
     given = [t.stride() for t in each if t is not None]
     order = sorted([d for d, n in enumerate(shape) if n != 1], key=lambda d: -max(s[d] for s in given))
     sizes: list[int] = []
@@ -316,14 +316,14 @@ def _collapse(shape: Sequence[int], each: Sequence[torch.Tensor | None]) -> tupl
 
 
 class _Described(NamedTuple):
-    """The tensors of a launch, each of them or a copy of it, and how they lie."""
+    """The tensors of a launch, or copies of them, with their common sizes and their strides."""
 
     given: list[torch.Tensor | None]
     written: list[torch.Tensor | None]
     sizes: tuple[int, ...]
-    """Those of the last two of three dimensions."""
+    """N1 and N2, the last two of three dimensions."""
     strides: list[int]
-    """Three of each tensor."""
+    """Three for each tensor."""
     flat: bool
     """Whether all tensors are dense and alike, so that no sizes nor strides are needed."""
     wide: bool
