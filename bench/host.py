@@ -134,11 +134,17 @@ def _no_grad(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def _backward(call: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]) -> Callable[[], object]:
-    dy = torch.randn_like(call())
+def _backward(call: Callable[[], Any], leaves: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """Forward and backward; of several results (a recurrent layer's states, attention's weights) from the first."""
+
+    def result() -> torch.Tensor:
+        returned = call()
+        return returned[0] if isinstance(returned, tuple) else returned
+
+    dy = torch.randn_like(result())
 
     def step() -> None:
-        call().backward(dy)
+        result().backward(dy)
         for leaf in leaves:
             leaf.grad = None
 
