@@ -292,7 +292,8 @@ def test_cases_have_names_of_their_own_and_rooflines() -> None:
 def test_every_kernel_of_the_catalogs_layers_is_compiled(target: str) -> None:
     """With every epilogue that they ask for, whichever family they are of."""
     device = _tiles.Device(target, 132)
-    compiled = {catalog_cases.compiled(case, device) for case in cases(target)}
+    of_dtype = [case for case in cases(target) if case.dtype == torch.bfloat16 and not case.wide]
+    compiled = {catalog_cases.compiled(case, device) for case in of_dtype}
     for row in ROWS:
         for speed in row.speeds.values():
             with dry_run.noting(device) as noted:
