@@ -75,7 +75,7 @@ class _Cases:
                     break  # in the other dtypes as well
                 if self._add(name, call, noted):
                     asked.append((name, call, noted))
-        tried: set[Any] = set()  # each tile once for a kernel and a dtype: at another size it would be one that is known
+        tried: set[Any] = set()  # once each: `_add` drops a tile that it has had, at whatever size
         for name, call, noted in asked if self.row.speeds else ():
             asking = {i: kernel(launch) for launch in noted.launches for i in launch.questions}
             for number in sorted(i for i, asks in asking.items() if asks not in self.covered):
