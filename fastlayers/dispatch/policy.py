@@ -44,7 +44,8 @@ class policy:
 
     def __enter__(self) -> None:
         self._entered = True
-        self._choose()
+        if not _choices or _choices[-1] is not self:  # entered later than made
+            self._choose()
 
     def __exit__(self, *_: object) -> None:
         """Restore the latest choice that is still in force. Threads may leave their blocks in any order."""
