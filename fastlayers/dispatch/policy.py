@@ -44,7 +44,7 @@ class policy:
 
     def __enter__(self) -> None:
         self._entered = True
-        if not _choices or _choices[-1] is not self:  # entered later than made
+        if not _choices or _choices[-1] is not self:  # something else was chosen since this object was made
             self._choose()
 
     def __exit__(self, *_: object) -> None:
