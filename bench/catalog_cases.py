@@ -75,10 +75,16 @@ class _Cases:
                     break  # in the other dtypes as well
                 if self._add(name, call, noted):
                     asked.append((name, call, noted))
+        tried: set[Any] = set()  # once each: `_add` drops a tile that it has had, at whatever size
         for name, call, noted in asked if self.row.speeds else ():
-            numbers = {i for launch in noted.launches if kernel(launch) not in self.covered for i in launch.questions}
-            for number in sorted(numbers):
-                for tile in noted.questions[number][1]:
+            asking = {i: kernel(launch) for launch in noted.launches for i in launch.questions}
+            for number in sorted(i for i, asks in asking.items() if asks not in self.covered):
+                table, tiles = noted.questions[number]
+                for tile in tiles:
+                    key = (call.args[1], call.keywords["precision"], asking[number], table, tile)
+                    if key in tried:
+                        continue
+                    tried.add(key)
                     forced = functools.partial(call, answers=((number, tile),))
                     self._add(name, forced, self._noted(forced), forced=True)
         return self.found

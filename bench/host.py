@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -135,12 +136,18 @@ def _no_grad(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _backward(call: Callable[[], Any], leaves: Sequence[torch.Tensor]) -> Callable[[], object]:
-    """A call, which gives a tensor or a tuple of some, and its backward."""
-    first = call()
-    dy = [torch.randn_like(y) for y in first] if isinstance(first, tuple) else torch.randn_like(first)
+    """Forward and backward, from all results (a recurrent layer's states, a rotated query and key)."""
+
+    def results() -> list[torch.Tensor]:
+        returned = call()
+        if isinstance(returned, torch.Tensor):  # without the cost of looking for others
+            return [returned]
+        return [y for y in tree_leaves(returned) if isinstance(y, torch.Tensor) and y.requires_grad]
+
+    dy = [torch.randn_like(y) for y in results()]
 
     def step() -> None:
-        torch.autograd.backward(call(), dy)
+        torch.autograd.backward(results(), dy)
         for leaf in leaves:
             leaf.grad = None
 

@@ -51,7 +51,7 @@ def main() -> int:
     if arguments.command == "demo":
         if arguments.epochs is not None and arguments.epochs < 1:
             demo.error("--epochs must be at least 1")
-        problem = _unwritable(arguments.plot)  # better said now than after the training
+        problem = _unwritable(arguments.plot)  # checked before the training, not after it
         if problem is not None:
             demo.error(f"can't write {arguments.plot}: {problem}")
         missing = [package for module, package in DEMO_NEEDS.items() if importlib.util.find_spec(module) is None]
@@ -59,7 +59,7 @@ def main() -> int:
             print(f'The demo needs {", ".join(missing)}: pip install "fastlayers[demo]"', file=sys.stderr)
             return 2
     _interpret_without_gpu()
-    from . import selfcheck  # only now: a process that starts over needn't
+    from . import selfcheck  # not earlier: the line above may have started over
 
     if arguments.command == "demo":
         from . import demo

@@ -6,8 +6,9 @@ import torch
 
 
 def own(module: torch.nn.Module, name: str, kind: type) -> Any:
-    """getattr(module, name) of a parameter or buffer. If the module's class is `kind`, one that leaves its attributes to
-    nn.Module, 0.3 us sooner: Python asks nn.Module.__getattr__ only at last."""
+    """getattr(module, name) of a parameter or buffer. If the module's class is exactly `kind`, which must not override attribute
+    access, it is read from the module's dictionaries. This saves 0.3 us: Python calls nn.Module.__getattr__ only after it has
+    looked everywhere else."""
     if type(module) is kind and name not in module.__dict__:
         for state in (module._parameters, module._buffers):
             if name in state:
@@ -20,7 +21,7 @@ MARK = "_accelerated"
 
 
 def mark(made: Any, *sources: torch.nn.Module) -> Any:
-    """A module that was made of others: if one of them was converted, it counts as converted, too."""
+    """Mark a module that was made of others as converted if one of them was; returns it."""
     if any([MARK in vars(source) for source in sources]):
         vars(made)[MARK] = True
     return made

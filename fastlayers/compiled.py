@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def _own_library() -> torch.library.Library:
-    """torch's registry outlives this module: after the package was imported a second time, the operators of the first one still
-    have their names, and serve what was made then."""
+    """A library of operators under a new name. torch's registry outlives this module: if the package is imported a second time,
+    the operators of the first import still exist under their names, and models compiled then still call them."""
     for i in range(1, 1000):
         with contextlib.suppress(RuntimeError):
             return torch.library.Library("fastlayers" if i == 1 else f"fastlayers_{i}", "DEF")
@@ -40,7 +40,7 @@ _SCHEMA = "(Tensor?[] tensors, SymInt[] ints, float[] floats, str call) -> Tenso
 
 
 def _written(*parts: Any) -> tuple[list[Any], list[Any], str]:
-    """The parts as an operator's last three arguments."""
+    """The parts of a call, encoded as an operator's last three arguments: ints, floats, call."""
     numbers = Numbers()
     text = encode(parts, numbers)
     return numbers.ints, numbers.floats, text
@@ -50,7 +50,7 @@ def _written(*parts: Any) -> tuple[list[Any], list[Any], str]:
 
 
 def call(op: Operation, tensors: Sequence[Any], options: Any, joined: bool = False) -> Any:
-    """As Operation.run, with an operator in the place of launches."""
+    """As Operation.run, but with a call of the operator instead of launches."""
     if not op.compiled or _torch.below_autograd is None or op.reason_against(tensors, options) is not None:
         return None if joined else op.reference(*tensors, *options)
     if _torch.any_autocast():
@@ -68,7 +68,7 @@ def call(op: Operation, tensors: Sequence[Any], options: Any, joined: bool = Fal
 
 
 def _distinct(tensors: Sequence[Any]) -> list[Any]:
-    """The same tensors, each later mention of one as a view: Dynamo takes no tensor twice into a Function."""
+    """The same tensors. One that comes twice becomes a view the second time: Dynamo accepts no tensor twice in a Function."""
     found: list[Any] = []
     for t in tensors:
         found.append(t if t is None or all([t is not other for other in found]) else t.view_as(t))
@@ -76,7 +76,8 @@ def _distinct(tensors: Sequence[Any]) -> list[Any]:
 
 
 def forward(ctx: Any, op: Operation, options: Any, tensors: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    """The Function's. Its hidden outputs are not returned: what AOTAutograd traces has no second derivative."""
+    """The autograd.Function's forward. It doesn't return the hidden outputs, which only second derivatives need: what AOTAutograd
+    traces has none."""
     needs = ctx.needs_input_grad[3:]
     ctx.plan = plan = autograd.Plan(op, tensors, options, needs)
     outputs = op.operator(list(tensors), *_written(tuple(options), needs))
@@ -88,7 +89,7 @@ def forward(ctx: Any, op: Operation, options: Any, tensors: Sequence[Any]) -> tu
 
 
 def backward(ctx: Any, plan: autograd.Plan, dys: Sequence[Any]) -> list[Any]:
-    """The Function's."""
+    """The autograd.Function's backward."""
     dys = dys[: plan.results]
     text = _written(tuple(plan.options), plan.like, plan.outputs, plan.names, plan.needs)
     found = iter(plan.op.backward_operator([*dys, *ctx.saved_tensors], *text))
@@ -127,7 +128,7 @@ def register(op: Operation) -> None:
 
     @functools.lru_cache(maxsize=4096)
     def plan(*call: Any) -> tuple[autograd.Plan, Any]:
-        """One object for one text, so that the backward is replayed."""
+        """The plan and the needs that the arguments describe. Equal arguments give one object, by which a replay is found."""
         options, like, outputs, names, needs = read(call, real=True)
         return autograd.Plan.restored(op, options, like, outputs, names), needs
 

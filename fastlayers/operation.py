@@ -264,11 +264,11 @@ class Operation:
         return self.run(tensors, options, joined)
 
     def refused(self, tensors: Tensors, values: Sequence[Any], reason: str) -> Any:
-        """torch's own function of arguments to which it ought to object."""
+        """Call torch's own function with arguments for which it should raise an error."""
         return support.run_reference(self.name, BadInput(reason), lambda: self.reference(*tensors, *values))
 
     def run(self, tensors: Tensors, options: Any, joined: bool = False) -> Any:
-        """As a call, with options that `self.options` made."""
+        """As `__call__`, with options that `self.options` made."""
         if is_dynamo_compiling():
             return compiled.call(self, tensors, options, joined)
         if policy.current != "torch" and explain.recorder is None and unseen():

@@ -20,11 +20,11 @@ from .dispatch.tally import Tally
 
 _lock = threading.Lock()
 _blocks: list[Tally] = []
-"""Of each block that is on."""
+"""The tallies of all blocks that are on."""
 _init: Any = None
-"""What we have put in the place of torch.nn.Module.__init__."""
+"""Our replacement of torch.nn.Module.__init__ while a block is on, else None."""
 _OURS, _LAYERS = {*CLASSES.values()}, tuple(CLASSES)
-"""Our classes, and torch's of which we have one."""
+"""Our classes, and those of torch that they replace."""
 _CONTAINERS = {torch.nn.Module, *[getattr(torch.nn, name) for name in torch.nn.modules.container.__all__]}
 _THEIRS = {getattr(_torch_functional, name): ours for name, ours in _originals.stand_ins.items()}
 """Our function for each of torch's."""
@@ -33,17 +33,17 @@ _NAMING: list[Any] = [
     for cls in {getattr(torch.nn, name) for name in torch.nn.modules.__all__}
     if any([inspect.isroutine(value) and value in _THEIRS for value in cls.__init__.__defaults__ or ()])
 ]
-"""Constructors of torch.nn with such a function as a default, with which they compare what they are given."""
+"""Constructors of torch.nn that have such a function as a default. They compare their argument with it, so it is replaced too."""
 
 
 def _building(before: Any) -> Any:
-    """torch.nn.Module.__init__, which every module's constructor calls before it does anything else: what is built as exactly one
-    of torch's classes that we have goes on as ours."""
+    """torch.nn.Module.__init__, which every module's constructor calls first, with one step more: a module of exactly one of
+    torch's classes that we have becomes ours."""
 
     @functools.wraps(before)
     def init(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         before(self, *args, **kwargs)
-        if init is _init:  # else somebody keeps it who replaced it during an earlier block
+        if init is _init:  # no longer so where other code has kept it from an earlier block
             _built(self)
 
     return init
@@ -110,7 +110,7 @@ def _put() -> None:
 
 
 def _put_back() -> None:
-    """What somebody put in our place meanwhile stays."""
+    """Undo our replacements, but for those that other code has replaced again."""
     global _init
     if _init is not None and torch.nn.Module.__init__ is _init:
         torch.nn.Module.__init__ = _init.__wrapped__

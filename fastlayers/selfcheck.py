@@ -54,11 +54,10 @@ def _floating(results: Any) -> list[torch.Tensor]:
 def problem(layer: str, dtype: torch.dtype) -> str | None:
     """How one of our layers disagrees with torch's, if it does, in its output or in the gradient of its input or weights.
 
-    The judge is torch in float64, as good as exact here. Allowed is twice torch's own error in `dtype`, plus one
-    rounding of the largest value, or eight where a layer consists of others: where torch happens to hit the nearest number there
-    is, its neighbour is no mistake.
-    How large torch's error is in float64 itself is what its error in float32 says, scaled down, and two roundings; likewise
-    in a dtype that torch doesn't compute this layer in.
+    Errors are measured against torch in float64. Allowed is twice torch's own error in `dtype`, plus one rounding of the largest
+    value, or eight where a layer consists of others: torch may happen to find the nearest number of the dtype, and the number
+    beside it isn't wrong. In float64 itself, and in a dtype in which torch doesn't compute this layer, torch's error is
+    estimated as its error in float32, scaled to the dtype, plus two roundings.
     """
     case = LAYERS[layer]
     coarse = torch.float32 if dtype == torch.float64 else dtype
@@ -98,7 +97,7 @@ def problem(layer: str, dtype: torch.dtype) -> str | None:
         try:
             with policy.policy("triton"):
                 found = run(ours, dtype)
-        except Exception as error:  # whatever it is, the other layers are to be checked, too
+        except Exception as error:  # of any kind: the other layers are checked nevertheless
             return f"{type(error).__name__}: {error}"
     if found.keys() != exact.keys():
         return f"no {', no '.join(exact.keys() - found.keys())}"

@@ -1,4 +1,4 @@
-"""Losses of one element each: a function of the input x and the target t, times a weight, and then the mean or the sum.
+"""Elementwise losses: a function of the input x and the target t, times a weight, and then the mean or the sum.
 
 A loss is a pair of tile functions, `name(x, t, p, A)` and `name_grad(x, t, p, A)`, which returns the derivatives with respect to
 x and to t. A is a tuple with the loss's options, and p the weight of positive examples, None where there is none. Of the two
@@ -22,10 +22,10 @@ _ELEMENTWISE_LOSS_GRAD = Tile(1, 1024, warps=4)
 """n elements at a time."""
 
 _PROGRAMS = 8
-"""So many programs for each multiprocessor add up the losses, which keeps the partial sums few."""
+"""How many programs for each multiprocessor add up the losses. More would leave more partial sums to add."""
 
 _DIMENSIONS = 3
-"""Tensors whose strides can't be described with so many dimensions, all tensors of a call in the same order, are copied."""
+"""The most dimensions that kernels take. Where a call's tensors have more after those that can be merged are, they are copied."""
 
 
 class Loss(Protocol):
@@ -107,7 +107,7 @@ def huber_grad(x, t, p, A: tl.constexpr):
 
 @triton.jit
 def _at_least(x, bound):
-    """The larger of both; NaN stays."""
+    """The larger of the two; NaN if one is NaN."""
     return tl.where(x < bound, bound, x)
 
 
@@ -296,14 +296,14 @@ def _elementwise_loss_grad_kernel(
 
 
 class _Described(NamedTuple):
-    """The tensors of a launch, each of them or a copy of it, and how they lie."""
+    """The tensors of a launch, or copies of them, with their common sizes and their strides."""
 
     given: list[torch.Tensor | None]
     written: list[torch.Tensor | None]
     sizes: tuple[int, ...]
-    """Those of the last two of three dimensions."""
+    """N1 and N2, the last two of three dimensions."""
     strides: list[int]
-    """Three of each tensor."""
+    """Three for each tensor."""
     flat: bool
     """Whether all tensors are dense and alike, so that no sizes nor strides are needed."""
     wide: bool

@@ -43,9 +43,9 @@ class Norm(NamedTuple):
 
 
 class Partials:
-    """What each tile of a result writes beside it, so that mean and variance of its channels needn't read it again: for each
-    channel a shift, the mean relative to it, and the sum of squared differences to that mean; and for each tile the number of its
-    pixels. The launcher allocates it, since only it knows the number of tiles."""
+    """What each tile of a convolution writes beside its result, from which mean and variance of the channels are computed without
+    reading the result again: for each channel a shift, the mean relative to it, and the sum of squared differences to that mean;
+    and the number of the tile's pixels. The launcher allocates it, since only it knows the number of tiles."""
 
     data: torch.Tensor
     """(3 * tiles * channels + tiles,): three matrices (tiles, channels), and the numbers of pixels."""

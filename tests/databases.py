@@ -19,8 +19,14 @@ from fastlayers.catalog import CLASSES, ROWS
 pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
 # The import would forbid everyone to set torch.backends' switches, and warns that optional packages are missing.
 with mock.patch.object(torch.backends, "disable_global_flags"), warnings.catch_warnings(action="ignore"):
+    from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
+
+# Whenever op_db is asked for samples it searches the whole stack, and reads its source code, for the unittest that asks. There is
+# none here, and the search took a fifth of the time of these tests.
+common_utils.extract_test_fn = lambda: None
+
 
 # torch makes a padded copy for "same" and says so; we don't. A lazy module says that it is new, forward
 # mode uses torch.jit.script, complex numbers are cast, and losses warn of a "mean" and of sizes that may not be meant.

@@ -44,9 +44,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     with host.stubbed(), fastlayers.policy("triton"):
         gpu = Gpu()
         driver.set_active(gpu)  # type: ignore[arg-type]
-        forget()
+        forget()  # what earlier tests left; every test of this file begins so
         yield gpu
-        forget()
 
 
 def linears(dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:

@@ -31,6 +31,7 @@ def install() -> None:
     Semantic.binary_op_sanitize_overflow_impl = _overflow(Semantic.binary_op_sanitize_overflow_impl)
     Semantic.computation_type_impl = _computation_type(Semantic.computation_type_impl)
     Semantic.broadcast_impl_value = _broadcast(Semantic.broadcast_impl_value)
+    Semantic.binary_op_type_checking_impl = _operands(Semantic.binary_op_type_checking_impl)
 
 
 _MISSING = object()
@@ -187,3 +188,18 @@ def _broadcast(method: Callable) -> Callable:
         return (lhs, rhs) if lhs.shape is rhs.shape else method(self, lhs, rhs)
 
     return broadcast
+
+
+def _operands(method: Callable) -> Callable:
+    """Two tensors of one element type aren't converted, unless 16 bits are divided, which is done in float32."""
+
+    @functools.wraps(method)
+    def operands(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+        if type(lhs) is core.tensor and type(rhs) is core.tensor:
+            kind = lhs.dtype
+            same = type(kind) is core.dtype and kind.name == rhs.dtype.name
+            if same and not (div_or_mod and kind.name in ("fp16", "bf16")):
+                return self.broadcast_impl_value(lhs, rhs)
+        return method(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    return operands

@@ -61,8 +61,12 @@ class _Launch:
             for (name, _), part, width in zip(arguments, addresses, widths, strict=True)
         ]
         # An element of no width at address 0, so that every address lies at or after one.
-        self.addresses, first = np.unique(np.concatenate([np.zeros(1, np.int64), *addresses]), return_index=True)
-        self.widths = np.repeat([0, *widths], [1, *map(len, addresses)])[first]
+        order = sorted(range(len(addresses)), key=lambda i: addresses[i][0])
+        self.addresses = np.concatenate([np.zeros(1, np.int64), *[addresses[i] for i in order]])
+        self.widths = np.repeat([0, *[widths[i] for i in order]], [1, *[len(addresses[i]) for i in order]])
+        if not _ascending(self.addresses):  # arguments overlap, or a view overlaps itself
+            self.addresses, first = np.unique(np.concatenate([np.zeros(1, np.int64), *addresses]), return_index=True)
+            self.widths = np.repeat([0, *widths], [1, *map(len, addresses)])[first]
         self.reader = np.zeros(len(self.addresses), np.int32)
         self.writer = np.zeros(len(self.addresses), np.int32)
 
@@ -76,7 +80,7 @@ class _Launch:
 
     def store(self, program: int, elements: np.ndarray) -> str | None:
         """What is wrong if this program writes these elements, or None."""
-        if len(np.unique(elements)) != len(elements):
+        if not _ascending(elements) and len(np.unique(elements)) != len(elements):
             return "two lanes of one store write to one address"
         if self._others(self.writer, program, elements):
             return "overwrites what another program wrote"
@@ -112,6 +116,11 @@ class _Launch:
         if address >= end:
             return f"{address - end} bytes past the end of {name}"
         return f"{address - start} bytes into {name}, not at an element of it"
+
+
+def _ascending(numbers: np.ndarray) -> bool:
+    """Whether each is larger than the one before it. Most blocks are, which saves sorting them."""
+    return bool((numbers[1:] > numbers[:-1]).all())
 
 
 def _addresses(tensor: torch.Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_every_kernel_compiles_without_spills(target: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench", "audit", "--arch", target, "--full", "--match", QUICK, "--jobs", "1"]

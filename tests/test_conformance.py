@@ -84,6 +84,9 @@ class Sample:
         self.arguments = repr((args, kwargs))
         self.ours = self.make(fastlayers.nn, **factory).train(training)
         self.theirs = self.make(torch.nn, **factory).train(training)
+        if not factory:  # recurrent layers don't name theirs
+            self.ours.to(device, dtype)
+            self.theirs.to(device, dtype)
         # Leaves, each of its own: some of the database's rows give one tensor twice.
         self.call = Call(row.forward_input.args, row.forward_input.kwargs).map(torch.clone)
         self.reference = None

@@ -448,9 +448,9 @@ def test_bench_host(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=clean(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(path.read_text())
-    assert [row["case"] for row in figures["cases"]] == [
-        "relu forward", "relu forward, graph recorded", "relu forward + backward",
-    ]  # fmt: skip
+    timed = [row["case"] for row in figures["cases"]]  # of leaky_relu, too
+    assert {"relu forward", "relu forward, graph recorded", "relu forward + backward"} <= {*timed}
+    assert all(["relu" in name for name in timed])
     for row in figures["cases"]:
         for side in ("torch", "ours"):
             assert 0 < row[side]["p20"] <= row[side]["median"] <= row[side]["p80"]

@@ -11,6 +11,7 @@ import pytest
 from conftest import GPU
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
 def test_no_layer_warns() -> None:
     """For numbers that a kernel computes and masks out, say, which would be an error under -W error."""

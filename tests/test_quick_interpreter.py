@@ -91,6 +91,23 @@ def test_types_of_results():
             assert outcome(quick, *args) == expected
 
 
+def test_operands():
+    quick, semantic = TritonSemantic.binary_op_type_checking_impl, interpreter.interpreter_semantic
+
+    def made(type: Any) -> Any:
+        number = interpreter.TensorHandle(np.ones(1, interpreter._get_np_dtype(type)), type)
+        return core.tensor(number, type)
+
+    def described(result: Any) -> Any:
+        pair = isinstance(result[0], core.tensor)
+        return [(t.type, t.handle.data.dtype, t.handle.data.tolist()) for t in result] if pair else result
+
+    for a, b in itertools.product([*TYPES, *POINTERS], repeat=2):
+        for flags in itertools.product((False, True), repeat=4):
+            args = (semantic, made(a), made(b), *flags)
+            assert described(outcome(quick, *args)) == described(outcome(quick.__wrapped__, *args))
+
+
 @pytest.mark.parametrize("operation", ["add", "sub", "mul"])
 @pytest.mark.parametrize("type", [t for t in TYPES if t.is_int()], ids=str)
 def test_integers_that_wrap(type: Any, operation: str):

@@ -67,7 +67,7 @@ class Recorder:
     """The path of each module, by its id."""
     decisions: list[Decision] = field(default_factory=list)
     thread: int = field(default_factory=threading.get_ident)
-    """The thread that `explain` runs in. What others call meanwhile is none of its business."""
+    """The thread that `explain` runs in. Calls of other threads are ignored."""
     _stack: list[str] = field(default_factory=list)
 
     @property
@@ -76,11 +76,11 @@ class Recorder:
         return self._stack[-1] if self._stack else ""
 
     def name(self, layer: Any) -> str:
-        """The path of a module; the label of what stands in a row of layers for a function."""
+        """The path of a module. A function among layers that run as one call has a `label` instead."""
         return getattr(layer, "label", None) or self.names.get(id(layer), type(layer).__name__)
 
     def listens(self) -> bool:
-        """Whether the calling thread is the one that is explained."""
+        """Whether the calling thread is the one that `explain` runs in."""
         return threading.get_ident() == self.thread
 
     def fell_back(self, op: str, reason: str) -> None:
@@ -90,7 +90,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """Within, calls are those of this module."""
+        """Within, calls are attributed to this module."""
         if not self.listens():
             yield
             return
@@ -101,7 +101,7 @@ class Recorder:
             self._stack.pop()
 
     def launching(self, op: str, call: Callable[[], Any]) -> Any:
-        """The result of a call that the kernels take; notes what it launches."""
+        """Make a call that runs on kernels, note which ones it launches, and return its result."""
         if not self.listens():
             return call()
         launch.trace = launched = _Launched()
@@ -114,16 +114,16 @@ class Recorder:
 
 
 recorder: Recorder | None = None
-"""While `explain` runs its target."""
+"""The recorder while `explain` runs its target, else None."""
 _lock = threading.Lock()
-"""Held meanwhile."""
+"""Held while `explain` runs its target."""
 
 module_call: Any = _torch.module_call
-"""What torch.nn.Module.__call__ is if nobody but `explain` has put something in its place."""
+"""torch.nn.Module.__call__ as torch defines it, or the function that `explain` puts in its place while it runs."""
 
 
 def fused(*modules: Any) -> contextlib.AbstractContextManager[None]:
-    """Within, a call stands for all of these modules."""
+    """Within, calls are attributed to all of these modules, which run as one call."""
     if recorder is None:
         return contextlib.nullcontext()
     return recorder.inside(" + ".join([recorder.name(m) for m in modules]))

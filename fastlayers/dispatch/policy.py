@@ -44,22 +44,23 @@ class policy:
 
     def __enter__(self) -> None:
         self._entered = True
-        self._choose()
+        if not _choices or _choices[-1] is not self:  # something else was chosen since this object was made
+            self._choose()
 
     def __exit__(self, *_: object) -> None:
-        """Back to what held before, as far as that hasn't ended: threads may end their blocks in any order."""
+        """Restore the latest choice that is still in force. Threads may leave their blocks in any order."""
         with _lock:
             place = _choices.index(self)
-            # What was chosen within, and not for a block, ends with this one.
+            # A choice that was made within this block, and not as a block of its own, ends with it.
             _choices[place:] = [choice for choice in _choices[place + 1 :] if choice._entered]
             self._entered = False
             _apply()
 
 
 _choices: list[policy] = []
-"""What was chosen and hasn't ended, the last of which holds."""
+"""The choices in force, oldest first. The last one decides."""
 _KEPT = 100
-"""Of choices that aren't for a block, as many as this: whoever goes on choosing needn't be remembered for ever."""
+"""How many choices that aren't blocks are kept, so that the list doesn't grow with every call of `policy`."""
 _lock = threading.Lock()
 
 

@@ -37,16 +37,16 @@ class Tally:
 
 
 active: tuple[Tally, ...] = ()
-"""Those that count now."""
+"""The tallies of all `patched` blocks that are on."""
 
 
 def start(tally: Tally) -> None:
-    """Let it count."""
+    """Begin to count into this tally."""
     _let_count((*active, tally))
 
 
 def stop(tally: Tally) -> None:
-    """Let it count no more."""
+    """Stop counting into this tally."""
     _let_count(tuple([other for other in active if other is not tally]))
 
 

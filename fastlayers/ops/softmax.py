@@ -109,7 +109,7 @@ def _along(op: Softmax, input: torch.Tensor, dim: int | None, stacklevel: int, d
         return op.refused((input,), (dim, dtype), f"{type(input).__name__} is not a tensor")
     if dim is None:
         dim = _torch.softmax_dim(op.name, input.dim(), stacklevel + 1)
-    if dtype in DTYPES and input.is_floating_point():
+    if dtype is not None and dtype in DTYPES and input.is_floating_point():
         wide = torch.promote_types(input.dtype, cast(Any, dtype)) == dtype
         input = input if wide else input.to(dtype)  # torch rounds before the operation; the kernel widens by itself
     return op((input,), dim, dtype)

@@ -25,7 +25,7 @@ from .whole import fits, whole_grad
 def _parameters(
     c, q, inside, mean_ptr, scale_ptr, weight_ptr, bias_ptr, EPS, VARIANCE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Mean, rstd, weight and bias of some channels; 0 and 1 for what isn't given."""
+    """Mean, rstd, weight and bias of some channels. What isn't given is 0 (mean, bias) or 1 (rstd, weight)."""
     mean = tl.full(c.shape, 0.0, ACC)
     if mean_ptr is not None:
         mean = tl.load(mean_ptr + q, mask=inside, other=0.0).to(ACC)
@@ -45,7 +45,7 @@ def _parameters(
 def _undone(
     dy, h, weight, bias, dtype: tl.constexpr, THEN: tl.constexpr, UNDO: tl.constexpr, A: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """dy in front of an activation. With THEN its derivative needs its output, else its input."""
+    """The gradient of the activation's input, from dy, that of its output."""
     if UNDO is not None:
         saved = (h * weight[:, None] + bias[:, None]).to(dtype).to(ACC)
         if THEN is not None:

@@ -87,7 +87,7 @@ class Planes:
         return tiles.ask("batch_norm", lambda: (tile,)) or tile
 
     def slices(self, tile: Tile, device: tiles.Device) -> Slices:
-        """How images and pixels are shared out among programs that compute sums."""
+        """How images and pixels are divided among the programs that compute sums."""
         wanted = max(1, _PER_MULTIPROCESSOR * device.multiprocessors // cdiv(self.c, tile.m))
         images = cdiv(self.n, min(self.n, wanted)) if self.across else 1
         steps = cdiv(self.p, tile.n)
@@ -140,7 +140,7 @@ def is_wide(planes: Planes, *tensors: torch.Tensor | None) -> bool:
 
 @triton.jit
 def offsets(c, p, row, LAST: tl.constexpr):
-    """Of a tile of channels by pixels, from the first element of its image."""
+    """Offsets of a tile of channels by pixels from the first element of its image."""
     if LAST:
         found = c[:, None] + p[None, :] * row
     else:

@@ -30,13 +30,13 @@ for groups of several."""
 
 @triton.jit
 def _finite(x):
-    """x, or 0 in the place of NaN and infinities: what is subtracted, so that they stay what they are in the data."""
+    """x, or 0 where x is NaN or infinite. Used for what is subtracted from the data, in which NaN and infinities must stay."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
 def _first(x_ptr, n, c, x_n, x_row, D, ACROSS: tl.constexpr, LAST: tl.constexpr):
-    """Where the first element lies of what channel c of image n is normalised with."""
+    """The offset of the first of the elements that share statistics with channel c of image n."""
     c = c // D * D
     offset = c if LAST else c * x_row
     if not ACROSS:
@@ -88,7 +88,8 @@ def _statistics_kernel(
 
 @triton.jit
 def _entries(start, q, Q, N, C, P, G, D, SLICES, IMAGES, PIXELS, TILE_E: tl.constexpr):
-    """Of a tile of statistics by what they are merged from: where it lies, how many elements it stands for, and the mask."""
+    """A tile of statistics by the slices that they are merged from: the offset of each entry, how many of the input's elements it
+    stands for, and the mask."""
     entry = start + tl.arange(0, TILE_E)
     s, columns = entry // D, tl.cdiv(P, PIXELS)
     count = tl.minimum(N - s // columns * IMAGES, IMAGES) * tl.minimum(P - s % columns * PIXELS, PIXELS)

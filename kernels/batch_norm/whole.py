@@ -32,7 +32,8 @@ def _places(
     pid, Q, N, C, P, G, D,
     ACROSS: tl.constexpr, WIDE: tl.constexpr, TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_P: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: the statistics, image and channel of each of their rows, the masks of statistics, rows and elements."""
+    """What a tile covers: the indices of its statistics, image and channel of each row of pixels, and the masks of statistics,
+    rows and elements."""
     q, d = pid * TILE_Q + tl.arange(0, TILE_Q), tl.arange(0, TILE_D)
     if WIDE:
         q, d = q.to(tl.int64), d.to(tl.int64)
@@ -67,7 +68,7 @@ def _whole_kernel(
     ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_P: tl.constexpr,
 ):  # fmt: skip
-    """One program: all that TILE_Q statistics are of."""
+    """One program: all elements of which TILE_Q statistics are computed."""
     C, P = multiples(C, P, LAST, VEC)
     x_n, x_row, out_n, out_row = x_n // VEC * VEC, x_row // VEC * VEC, out_n // VEC * VEC, out_row // VEC * VEC
     eps = (tl.full((), 0.0, tl.float64) + EPS).to(ACC)  # in the interpreter EPS is a Python number
@@ -83,7 +84,7 @@ def _whole_kernel(
     else:
         mean = tl.div_rn(mean, total)
     x -= mean[:, None, None]
-    # Not the product itself is summed: see the gradient.
+    # tl.where, because a product must not be summed directly: `_whole_grad_kernel` says why.
     square = tl.sum(tl.sum(tl.where(inside, x * x, 0.0), axis=2), axis=1)
     rstd = tl.rsqrt(square / total + eps)
     if mean_ptr is not None:
@@ -114,8 +115,8 @@ def _whole_grad_kernel(
     ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_P: tl.constexpr,
 ):  # fmt: skip
-    """One program: all that TILE_Q statistics are of. Writes dx, and of each channel of each image the sums of dy and of dy times
-    the normalised x."""
+    """One program: all elements of which TILE_Q statistics are computed. Writes dx, and for each channel of each image the sums
+    of dy and of dy times the normalised x."""
     C, P = multiples(C, P, LAST, VEC)
     dy_n, dy_row, x_n, x_row = dy_n // VEC * VEC, dy_row // VEC * VEC, x_n // VEC * VEC, x_row // VEC * VEC
     dx_n, dx_row = dx_n // VEC * VEC, dx_row // VEC * VEC
@@ -175,7 +176,7 @@ def _tile(planes: Planes, accumulate: torch.dtype, gradient: bool) -> tuple[Tile
 
 
 def fits(planes: Planes, accumulate: torch.dtype, gradient: bool = False) -> bool:
-    """Whether `whole`, or `whole_grad`, takes this."""
+    """Whether `whole` (or `whole_grad`) can be used: all that is normalised together fits into one program."""
     return _tile(planes, accumulate, gradient) is not None
 
 

@@ -4,8 +4,8 @@ places where the row was looked up, or zeros.
 For the gradient the indices are sorted (`torch.sort`, stable), so that equal ones adjoin in the order in which they were
 given; `starts` says where each row's begin. The program that writes a row adds up its gradients one after the other. A row that
 was looked up often, as the commonest words are, would keep its program busy long after all others have ended. So the sorted
-indices are cut into pieces of `PIECE`, and if a row has more indices than that, other programs add up its share of each piece
-before. Every sum has a fixed order and there are no atomics, so that results are the same from run to run.
+indices are cut into pieces of `PIECE`, and where a row has more indices than that, other programs first add up its part of each
+piece. Every sum has a fixed order and there are no atomics, so that results are the same from run to run.
 """
 
 import math
@@ -19,7 +19,7 @@ from ..runtime import launch, tiles
 from ..runtime.tiles import Tile, cdiv
 
 PIECE = 64
-"""So many sorted indices are a piece."""
+"""The number of sorted indices in a piece."""
 
 _EMBEDDING = (Tile(16, 128, warps=4), Tile(2, 1024, warps=4))
 _EMBEDDING_GRAD = (Tile(16, 128, warps=4), Tile(2, 512, warps=4))

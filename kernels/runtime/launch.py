@@ -122,8 +122,8 @@ def wide(*tensors: torch.Tensor | None) -> bool:
 
 
 def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """The sizes of several tensors of one shape, and the strides of each, with as few dimensions as describe all of them:
-    neighbouring ones are one where in all tensors they lie behind each other."""
+    """The sizes of several tensors of one shape, and the strides of each, with as few dimensions as possible: neighbouring
+    dimensions are merged where all tensors can be viewed so."""
     order = sorted([d for d, n in enumerate(shape) if n != 1], key=lambda d: -max(s[d] for s in strides))
     sizes: list[int] = []
     collapsed: list[list[int]] = [[] for _ in strides]
