@@ -14,7 +14,7 @@ import inspect
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +22,11 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from .. import _torch
-from .._state import own
+from .._state import class_before, own
 from . import allowed, plan, source
 from .expressions import Expressions, Refused
 from .objects import Objects
-from .state import ATOMS, MISSING, Looked, found_on_class
+from .state import ATOMS, MISSING, Looked, forward_of, found_on_class
 from .statements import Frame
 from .values import (
     MUTABLE,
@@ -65,6 +65,7 @@ _COMPARING = {"add", "count", "discard", "index", "remove"}
 _STRUCTURE = (len, tuple, list, dict, zip, enumerate, reversed, slice)
 """Functions that don't look at the elements of what they are given."""
 _DEPTH = 40
+_NOWHERE = ast.Pass()
 
 
 class Left(NamedTuple):
@@ -99,19 +100,45 @@ class Interpreter(Objects):
         Raises:
             TraceError: where the model's own forward stands in the way.
         """
-        forward = self._forward(self.model)
-        self.looked.attribute(type(self.model), "forward")
-        self.looked.global_hooks()
-        frame, nowhere = Frame(self, forward, {}), ast.Pass()
+        frame = self._begin()
         if self._is_sequence(self.model):
-            result = self._sequence(frame, nowhere, self.model, self.graph.placeholder("input"))
+            result = self._sequence(frame, _NOWHERE, self.model, self.graph.placeholder("input"))
         else:
-            result = self.run(forward, self._arguments(forward))
-        self.graph.output(self._argument(frame, nowhere, result))
+            result = self.run(frame.function, self._arguments(frame.function))
+        self.graph.output(self._argument(frame, _NOWHERE, result))
+
+    def trace_call(self, args: Sequence[Any], kwargs: dict[str, Any], given: Any) -> None:
+        """Fill the graph for calls with such arguments: those that are `given` are its inputs, the others always the same.
+
+        Raises:
+            TraceError: where the model's own forward stands in the way.
+        """
+        frame = self._begin()
+        inputs = [self._input(f"argument_{i}") if v is given else v for i, v in enumerate(args)]
+        named = {name: self._input(f"{name}_") if v is given else v for name, v in kwargs.items()}
+        if self._is_sequence(self.model):
+            if len(inputs) != 1 or named:
+                raise frame.refuse(_NOWHERE, "takes one argument")
+            result = self._sequence(frame, _NOWHERE, self.model, inputs[0])
+        else:
+            result = self._call_function(frame, _NOWHERE, frame.function, [self.model, *inputs], named)
+        self.graph.output(self._argument(frame, _NOWHERE, result))
+
+    def _begin(self) -> Frame:
+        forward = self._forward(self.model)
+        self.looked.attribute(class_before(type(self.model)), "forward")
+        self.looked.global_hooks()
+        return Frame(self, forward, {})
+
+    def _input(self, name: str) -> fx.Node:
+        """An argument that is something: None would be another kind of call."""
+        node = self.graph.placeholder(name)
+        self._given.add(node)
+        return node
 
     def _forward(self, module: nn.Module) -> types.FunctionType:
         """The function that a module's forward is."""
-        forward = found_on_class(type(module), "forward")
+        forward = forward_of(type(module))
         inner = inspect.unwrap(forward) if callable(forward) else None
         if isinstance(inner, types.FunctionType) and _home(forward) == "fastlayers._originals":
             forward = inner  # one of ours
@@ -415,7 +442,8 @@ class Interpreter(Objects):
                 self._given = given
                 self.paths[id(module)] = path
                 self.left = [left for left in self.left if not left.path.startswith(f"{path}.")]
-                self.left.append(Left(path, type(module).__name__, refused))
+                if module._modules:
+                    self.left.append(Left(path, type(module).__name__, refused))
         if not _is_known_layer(module) and has_mutable((*args, *kwargs.values())):
             raise frame.refuse(node, f"hands a list to {path}, which may edit it")
         if not _is_known_layer(module):
@@ -431,7 +459,7 @@ class Interpreter(Objects):
             self.graph.erase_node(node)
 
     def _is_leaf(self, module: nn.Module) -> bool:
-        """Whether its call is a node: no modules are in it, or somebody watches its call, or it is torch's and no Sequential."""
+        """Whether its call is a node: somebody watches it, or the module is torch's or ours and no Sequential."""
         if module is self.model:
             return False
         home = type(module).__module__
@@ -439,11 +467,11 @@ class Interpreter(Objects):
         called = found_on_class(type(module), "__call__")
         own_call = called is not found_on_class(nn.Module, "__call__")
         watched = plan.is_watched(module) or _torch.has_global_hook()
-        return not module._modules or watched or torchs or own_call
+        return watched or torchs or own_call
 
     def _is_sequence(self, module: nn.Module) -> bool:
         """Whether its forward calls its children one after the other, and does nothing else."""
-        forward = found_on_class(type(module), "forward")
+        forward = forward_of(type(module))
         home = getattr(forward, "__module__", "")
         known = home == "torch.nn.modules.container" or home == "fastlayers.modules.container"
         iterates = found_on_class(type(module), "__iter__") is found_on_class(nn.Sequential, "__iter__")

@@ -74,6 +74,9 @@ class Objects:
     def attribute(self, frame: Expressions, node: ast.AST, owner: Any, name: str, default: Any = MISSING) -> Any:
         owner = self.concrete(owner)
         if isinstance(owner, fx.Node):
+            if name == "dtype" and owner.op == "get_attr":  # of a parameter, which forwards ask for
+                path, _, last = str(owner.target).rpartition(".")
+                return self.looked.dtype(self.model.get_submodule(path), last)
             return self.note(frame, node, getattr, (owner, name))
         if isinstance(owner, Text):
             raise frame.refuse(node, "edits a text that is only known at a call")

@@ -15,7 +15,7 @@ from torch.fx.node import has_side_effect, map_arg
 
 from .. import _torch
 from ..ops.activation import Activation
-from . import allowed, gated_mlp, plan
+from . import allowed, formulas, gated_mlp, plan
 from .activation import layer_of
 from .interpret import Interpreter, Left
 from .rows import Calls, Finder
@@ -111,16 +111,34 @@ def _traced(model: nn.Module, training: bool) -> tuple[fx.Graph, Looked, list[Le
     return interpreter.graph, interpreter.looked, interpreter.left
 
 
-def _join(model: nn.Module, graph: fx.Graph) -> int:
-    """Put a call in the place of each row of layers, and of each group around a gate; how many there are."""
-    finder = Finder(graph, dict(model.named_modules(remove_duplicate=False)), Calls(run, inplace))
+def local(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], given: Any) -> fx.GraphModule | None:
+    """The graph of a module's forward for calls with such arguments, as `Interpreter.trace_call` makes it; None where nothing was
+    found in it.
+
+    Raises:
+        TraceError: where the forward stands in the way.
+    """
+    interpreter = Interpreter(module, module.training, inplace)
+    interpreter.trace_call(args, kwargs, given)
+    if not _join(module, interpreter.graph, functions=True):
+        return None
+    return _module(module, interpreter.graph, interpreter.looked, ())
+
+
+def _join(model: nn.Module, graph: fx.Graph, functions: bool = False) -> int:
+    """Put a call in the place of each expression that is one of our functions, each row of layers, and each group around a gate;
+    with `functions`, of each function of torch.nn.functional, too. How many there are."""
+    modules, calls = dict(model.named_modules(remove_duplicate=False)), Calls(run, inplace)
+    count = formulas.replace(Finder(graph, modules, calls))
+    finder = Finder(graph, modules, calls)
     gates = list(gated_mlp.find(finder))
     rows = list(finder.rows({node for gate in gates for node in gate}))
     for row in rows:
         finder.replace(row)
     for gate in gates:
         gated_mlp.replace(graph, gate, finder.order)
-    return len(rows) + len(gates)
+    count += len(rows) + len(gates)
+    return count + formulas.replace_functions(graph) if functions else count
 
 
 def _messages(left: Sequence[Left]) -> list[str]:
