@@ -128,9 +128,7 @@ def accelerate(
         return layers
     allowed = {id(m) for m in paths.values() if id(m) not in without and (within is None or id(m) in within)}
     found = {id(module) for module in local.candidates(model, allowed)}
-    fused = _convert(
-        paths, lambda module: None if id(module) in found else why_not_ours(module), local.fuse_in_place
-    )  # fmt: skip
+    fused = _convert(paths, lambda module: None if id(module) in found else why_not(module), local.fuse_in_place)
     rows = {row.path: row for row in (*layers, *[row for row in fused if row.changed])}
     return Conversions(tuple([rows[path] for path in paths if path in rows]), (*layers._changed, *fused._changed))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import sys
 import types
 from collections import OrderedDict
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
@@ -140,16 +139,18 @@ class Interpreter(Objects):
         """The function that a module's forward is."""
         forward = forward_of(type(module))
         inner = inspect.unwrap(forward) if callable(forward) else None
-        if isinstance(inner, types.FunctionType) and _home(forward) == "fastlayers._originals":
+        if isinstance(inner, types.FunctionType) and source.home(forward) == "fastlayers._originals":
             forward = inner  # one of ours
-        if isinstance(forward, types.FunctionType) and _is_readable(forward):
+        if isinstance(forward, types.FunctionType) and source.is_readable(forward):
             return forward
         if not isinstance(inner, types.FunctionType):
             cls = type(module)
             raise Refused(cls.__module__, cls.__qualname__, "its forward isn't a function of Python's")
         number = inner.__code__.co_firstlineno
         place = f"{inner.__code__.co_filename}:{number}"
-        raise Refused(place, source.line(inner, number), f"is wrapped in {_name(type(forward))} of {_home(forward)}")
+        raise Refused(
+            place, source.line(inner, number), f"is wrapped in {_name(type(forward))} of {source.home(forward)}"
+        )
 
     def _arguments(self, forward: types.FunctionType) -> dict[str, Any]:
         """The forward's variables at its beginning: a node for each argument, but for those that a model may well ask for."""
@@ -276,7 +277,7 @@ class Interpreter(Objects):
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    def call(self, frame: Expressions, node: ast.AST, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def call(self, frame: Any, node: ast.AST, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if isinstance(function, nn.Module):
             return self._call_module(frame, node, function, args, kwargs)
         if isinstance(function, MethodOf):
@@ -298,6 +299,10 @@ class Interpreter(Objects):
             return self.note(frame, node, function, args, kwargs)
         if allowed.is_python_function(function):
             return self._call_python(frame, node, function, args, kwargs)
+        if function is _torch.asserts and not kwargs:
+            return frame.asserted(node, *args)
+        if function is type and len(args) == 1:
+            return self.attribute(frame, node, args[0], "__class__")
         if any([function is f for f in (isinstance, hasattr, getattr, callable)]):
             return self._look(frame, node, function, args)
         if function is torch.jit.is_scripting:  # pyright: ignore[reportPrivateImportUsage]
@@ -314,7 +319,7 @@ class Interpreter(Objects):
         self, frame: Expressions, node: ast.AST, function: Any, args: list[Any], kwargs: dict[str, Any]
     ) -> Any:
         """Look into a function of somebody's own."""
-        if not isinstance(function, types.FunctionType) or not _is_readable(function):
+        if not isinstance(function, types.FunctionType) or not source.is_readable(function):
             raise frame.refuse(node, f"calls {_name(function)}, which isn't known to be traced rightly")
         try:
             bound = inspect.signature(function, follow_wrapped=False).bind(*args, **kwargs)
@@ -331,7 +336,7 @@ class Interpreter(Objects):
         try:
             return self.run(function, variables)
         except Refused as refused:
-            if not _is_torchs(function) or _is_torchs(frame.function):
+            if not source.is_torchs(function) or source.is_torchs(frame.function):
                 raise
             # The line to tell is the one in the user's own code.
             raise frame.refuse(node, f"calls {_name(function)}, in which {refused}") from refused
@@ -495,26 +500,3 @@ def _name(function: Any) -> str:
     name = getattr(function, "__qualname__", None) or type(function).__name__
     home = getattr(function, "__module__", None)
     return f"{home}.{name}" if isinstance(home, str) and home not in ("builtins", "__main__") else name
-
-
-def _is_torchs(function: types.FunctionType) -> bool:
-    return _home(function).startswith(("torch.", "fastlayers."))
-
-
-def _home(function: Any) -> str:
-    """The module in which it was written, which functools.wraps leaves as it is."""
-    if isinstance(function, types.FunctionType):
-        return function.__globals__.get("__name__") or "__main__"
-    return type(function).__module__
-
-
-def _is_readable(function: types.FunctionType) -> bool:
-    """Whether it is somebody's own function, or a method of one of torch's layers or ours. Whatever else there is in torch or in
-    Python's library isn't looked into."""
-    home = _home(function)
-    if home.startswith(("torch.nn.modules.", "fastlayers.modules.")):
-        return home != "torch.nn.modules.module"
-    top = home.split(".")[0]
-    return top not in ("torch", "fastlayers", "triton", "numpy") and (
-        top == "__main__" or top not in sys.stdlib_module_names
-    )

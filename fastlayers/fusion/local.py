@@ -157,7 +157,7 @@ def candidates(model: nn.Module, allowed: set[int]) -> list[nn.Module]:
         if graph is None:
             inner = [child for child in module._modules.values() if child is not None]
         else:
-            found.append(module)
+            found.extend([] if is_fused(module) else [module])
             paths = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
             inner = [module.get_submodule(path) for path in paths]
         for child in inner:
@@ -170,13 +170,15 @@ def candidates(model: nn.Module, allowed: set[int]) -> list[nn.Module]:
 def _may_change(module: nn.Module, allowed: set[int]) -> bool:
     cls = type(module)
     torchs = cls.__module__.split(".")[0] in ("torch", "fastlayers") or isinstance(module, fx.GraphModule)
-    readable = not torchs and not is_fused(module) and "forward" not in vars(module)
-    return readable and all([id(m) in allowed for m in module.modules()])
+    return not torchs and "forward" not in vars(module) and all([id(m) in allowed for m in module.modules()])
 
 
 def _guessed(module: nn.Module) -> Any:
     """The graph for a call as its signature makes one expect it: with the arguments that have no default, or with all."""
-    parameters = [*inspect.signature(type(module).forward, follow_wrapped=False).parameters.values()][1:]
+    try:
+        parameters = [*inspect.signature(type(module).forward).parameters.values()][1:]
+    except (TypeError, ValueError):  # it isn't a function of Python's
+        return None
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     for given in ([p for p in named if p.default is p.empty], named):
         found = _made(module, tuple([_GIVEN for p in given if p.kind is not p.KEYWORD_ONLY]), {})

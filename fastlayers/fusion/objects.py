@@ -110,6 +110,8 @@ class Objects:
         return MISSING
 
     def _of_class(self, frame: Expressions, node: ast.AST, owner: type, name: str) -> Any:
+        if name == "__name__":
+            return owner.__name__
         found = found_on_class(owner, name)
         if found is MISSING or type(type(owner)) is not type:
             return MISSING
@@ -127,6 +129,9 @@ class Objects:
         self.placed(module)
         if name == "training":
             return Training(module)
+        if name == "__class__":
+            self.looked.class_of(module)
+            return cls
         found = found_on_class(cls, name)
         if name in module.__dict__ and not isinstance(found, property):
             self.looked.attribute(module, name)
@@ -173,6 +178,8 @@ class Objects:
 
     def _of_object(self, frame: Expressions, node: ast.AST, owner: Any, name: str) -> Any:
         cls = type(owner)
+        if cls is types.FunctionType and name == "__name__":
+            return owner.__name__
         if cls.__getattribute__ not in _ORDINARY or not hasattr(owner, "__dict__"):
             raise frame.refuse(node, f"reads {name} of a {cls.__name__}")
         found = found_on_class(cls, name)
