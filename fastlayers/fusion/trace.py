@@ -40,14 +40,17 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     The result, a torch.fx.GraphModule, shares the model's modules, parameters and buffers: it trains as the model does, and
     state_dict is the same. Not shared are the hooks, attributes and methods of the model itself.
 
-    The forward of the model, and of modules that contain others, is read and not run, so that nothing of the model or of the
-    process changes meanwhile. What it does must be known to be traced rightly: calls of modules, of torch's functions on tensors,
-    of Python's and of the model's own functions, that decide by what is known before a call. A module that does anything else (it
-    keeps something, switches grad mode, decides by data) is called as it stands, and a warning says on which line. Flags, numbers
-    and functions that a forward reads are looked at again at every call, and the model is traced anew where one has changed.
+    What a model writes out is found, too: RMSNorm, GELU and other activations as expressions, and torch.addmm with a bias.
 
-    Modules without others in them, and those that have a hook, are called as ever. Arguments that are None, a bool or a word by
-    default will be that. A pickled copy of the result is what the model was then.
+    The forward of the model, and of the modules in it that aren't torch's or ours, is read and not run, so that nothing of
+    the model or of the process changes meanwhile. What it does must be known to be traced rightly: calls of modules, of
+    torch's functions on tensors, of Python's and of the model's own functions, that decide by what is known before a call. A
+    module that does anything else (it keeps something, switches grad mode, decides by data) is called as it stands, and if it
+    contains others, a warning says on which line. Flags, numbers and functions that a forward reads are looked at again at
+    every call, and the model is traced anew where one has changed.
+
+    Torch's modules and ours, and those that have a hook, are called as ever. Arguments that are None, a bool or a word by default
+    will be that. A pickled copy of the result is what the model was then.
 
     Shape, Dtype: any that the model takes.
     Raises:

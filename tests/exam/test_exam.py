@@ -25,8 +25,8 @@ CORE = ("llama", "bert", "vit", "unet", "lstm_tagger", "transformer")
 STEPS = 2
 TWINS = 4
 FLOORS = pathlib.Path(__file__).with_name("floors.json")
-"""Of each model, the shares of FLOPs and of bytes in percent that run on kernels: accelerated, fused, and within `patched`. They only
-rise: `python tests/exam/update_floors.py` writes what is higher than what stands there."""
+"""Of each model, the shares of FLOPs and of bytes in percent that run on kernels: accelerated, fused, and within `patched`. They
+only rise: `python tests/exam/update_floors.py` writes what is higher than what stands there."""
 
 
 def names(only: Callable[[str], bool] = lambda name: True) -> list[Any]:
