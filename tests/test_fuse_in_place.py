@@ -434,6 +434,25 @@ class Restless(nn.Module):
         return self.norm(self.part(x))
 
 
+class Named(nn.Module):
+    """Has a part that goes by the name of what Python calls the module, as BERT's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self, self.output, self.norm = Unreadable(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.self(x)
+        return self.norm(self.output(y) + x)
+
+
+def test_a_part_named_self(x: torch.Tensor) -> None:
+    theirs = Named().to(x.device)
+    ours, found = fused(theirs)
+    assert found == [""]
+    assert_as_torch(ours, theirs, x)
+
+
 class Stepping(nn.Module):
     owner: list[Any]
 

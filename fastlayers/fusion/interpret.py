@@ -86,6 +86,7 @@ class Interpreter(Objects):
     def __init__(self, model: nn.Module, training: bool, inplace: Any):
         self.model, self.training, self._inplace = model, training, inplace
         self.graph, self.looked = fx.Graph(), Looked()
+        self.graph.erase_node(self.graph.placeholder("self"))  # no node gets a name that the graph's code uses
         self.paths = {id(m): path for path, m in model.named_modules()}
         self.left: list[Left] = []
         self.steps = self._depth = 0
@@ -146,11 +147,11 @@ class Interpreter(Objects):
         if not isinstance(inner, types.FunctionType):
             cls = type(module)
             raise Refused(cls.__module__, cls.__qualname__, "its forward isn't a function of Python's")
-        number = inner.__code__.co_firstlineno
-        place = f"{inner.__code__.co_filename}:{number}"
-        raise Refused(
-            place, source.line(inner, number), f"is wrapped in {_name(type(forward))} of {source.home(forward)}"
+        number, reason = (
+            inner.__code__.co_firstlineno,
+            f"is wrapped in {_name(type(forward))} of {source.home(forward)}",
         )
+        raise Refused(f"{inner.__code__.co_filename}:{number}", source.line(inner, number), reason)
 
     def _arguments(self, forward: types.FunctionType) -> dict[str, Any]:
         """The forward's variables at its beginning: a node for each argument, but for those that a model may well ask for."""
@@ -238,9 +239,9 @@ class Interpreter(Objects):
             return {key: self._argument(frame, node, v) for key, v in value.items()}
         if type(value) is range:
             return tuple(value)
-        if value is None or isinstance(value, fx.Node | bool | int | float | complex | str) or is_opaque(value):
+        if isinstance(value, fx.Node | bool | int | float | complex | str) or is_opaque(value):
             return value
-        if value is Ellipsis:
+        if value is None or value is Ellipsis:
             return value
         if type(value) is OrderedDict:
             return self.note(frame, node, OrderedDict, ([*value.items()],))
