@@ -147,11 +147,9 @@ class Interpreter(Objects):
         if not isinstance(inner, types.FunctionType):
             cls = type(module)
             raise Refused(cls.__module__, cls.__qualname__, "its forward isn't a function of Python's")
-        number, reason = (
-            inner.__code__.co_firstlineno,
-            f"is wrapped in {_name(type(forward))} of {source.home(forward)}",
-        )
-        raise Refused(f"{inner.__code__.co_filename}:{number}", source.line(inner, number), reason)
+        number, wrapper = inner.__code__.co_firstlineno, f"{_name(type(forward))} of {source.home(forward)}"
+        place = f"{inner.__code__.co_filename}:{number}"
+        raise Refused(place, source.line(inner, number), f"is wrapped in {wrapper}")
 
     def _arguments(self, forward: types.FunctionType) -> dict[str, Any]:
         """The forward's variables at its beginning: a node for each argument, but for those that a model may well ask for."""
@@ -239,9 +237,8 @@ class Interpreter(Objects):
             return {key: self._argument(frame, node, v) for key, v in value.items()}
         if type(value) is range:
             return tuple(value)
-        if isinstance(value, fx.Node | bool | int | float | complex | str) or is_opaque(value):
-            return value
-        if value is None or value is Ellipsis:
+        kinds = (fx.Node, type(None), type(Ellipsis), bool, int, float, complex, str)
+        if isinstance(value, kinds) or is_opaque(value):
             return value
         if type(value) is OrderedDict:
             return self.note(frame, node, OrderedDict, ([*value.items()],))
@@ -452,8 +449,7 @@ class Interpreter(Objects):
                     self.left.append(Left(path, type(module).__name__, refused))
         if not _is_known_layer(module) and has_mutable((*args, *kwargs.values())):
             raise frame.refuse(node, f"hands a list to {path}, which may edit it")
-        if not _is_known_layer(module):
-            self.looked.late = True
+        self.looked.late |= not _is_known_layer(module)
         arguments = tuple([self._argument(frame, node, v) for v in args])
         return self.graph.call_module(path, arguments, {k: self._argument(frame, node, v) for k, v in kwargs.items()})
 
