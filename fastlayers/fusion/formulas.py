@@ -94,7 +94,7 @@ def _polynomial(node: Any, x: fx.Node, seen: dict[fx.Node, None]) -> Polynomial 
     """What a node computes of x, and in `seen` the nodes between; None if it is no polynomial of x and its curves."""
     if node is x:
         return _X
-    if isinstance(node, int | float) and not isinstance(node, bool):
+    if type(node) in (int, float):
         return _number(float(node))
     name = _name(node)
     if name is None or node.kwargs or len(seen) > _FACTORS:

@@ -117,7 +117,8 @@ def class_after(cls: type[nn.Module]) -> type[nn.Module]:
         return function, args, *rest
 
     names = dict(__module__=cls.__module__, __qualname__=cls.__qualname__, __doc__=cls.__doc__)
-    after: Any = type(cls)(
+    make: Any = type(cls)
+    after: Any = make(
         cls.__name__, (cls,), {**names, "forward": forward, "__reduce_ex__": reduce, "_class_before": cls}
     )
     return after

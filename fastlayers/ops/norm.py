@@ -219,7 +219,7 @@ class RMSNormExpression(RMSNorm):
 
     autocast = None  # which leaves such an expression as it is
 
-    class Options(NamedTuple):
+    class Options(NamedTuple):  # pyright: ignore[reportIncompatibleVariableOverride]
         shape: tuple[int, ...]
         eps: float
         dtype: torch.dtype | None
