@@ -454,6 +454,17 @@ def test_a_part_named_self(x: torch.Tensor) -> None:
     assert_as_torch(ours, theirs, x)
 
 
+class Final(LlamasNorm):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no subclasses")
+
+
+def test_a_class_without_subclasses(x: torch.Tensor) -> None:
+    model = nn.Sequential(Final(), LlamasNorm())
+    fastlayers.accelerate(model, fuse=True)
+    assert [type(m) for m in model] == [Final, local.class_after(LlamasNorm)]
+
+
 class Stepping(nn.Module):
     owner: list[Any]
 
