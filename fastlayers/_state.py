@@ -16,6 +16,11 @@ def own(module: torch.nn.Module, name: str, kind: type) -> Any:
     return getattr(module, name)
 
 
+def class_before(cls: type) -> Any:
+    """The class that `accelerate(model, fuse=True)` made this one of, a subclass that goes by its name; another class itself."""
+    return cls.__dict__.get("_class_before", cls)
+
+
 MARK = "_accelerated"
 """Set on a module that `accelerate` converted, to tell it from one that was built as ours. Copies and pickles keep it."""
 

@@ -393,3 +393,7 @@ def is_watched_module(module: Any) -> bool:
         )
     except AttributeError:
         return True
+
+
+asserts: Any = _private("_assert", object(), lambda function: function(True, "") is None)
+"""What models that torch.fx is to trace call in the place of an assert statement."""

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import _originals
-from ._state import MARK
+from ._state import MARK, class_before
 from .catalog import CLASSES
 from .dispatch.table import columns
+from .fusion import local
 
 Choice = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """Of modules and all that is in them: a pattern for paths ("encoder", "*.head", as in fnmatch), a class, or a function of
@@ -74,10 +75,12 @@ class Conversions:
     def __exit__(self, *_: object) -> None:
         for module in self._changed:
             if (alive := module()) is not None and _why_not_back(alive) is None:
-                _to_torch(alive)
+                _back(alive)
 
 
-def accelerate(model: nn.Module, include: Choices | None = None, exclude: Choices | None = None) -> Conversions:
+def accelerate(
+    model: nn.Module, include: Choices | None = None, exclude: Choices | None = None, *, fuse: bool = False
+) -> Conversions:
     """Make torch.nn's layers in a model ours, in place, by changing their class and nothing else.
 
     Parameters, buffers, hooks, state_dict, optimizers' references and the modules' identities stay. Calling it again
@@ -90,16 +93,25 @@ def accelerate(model: nn.Module, include: Choices | None = None, exclude: Choice
         with fastlayers.accelerate(model):  # for a while
             ...
 
+    With `fuse`, also what `fastlayers.fuse` finds in the forwards of the other modules runs on kernels: layers that follow one
+    another, expressions that stand for one operation (an RMSNorm or a GELU that is written out, torch.addmm), and functions of
+    torch.nn.functional. In the model's own forward if that can be read, otherwise in those of its parts. Such a module
+    becomes an instance of a generated subclass of its class, with the same name. Its forward is read anew for each kind
+    of arguments, and runs as it is written where it can't be read, within torch.compile, and while there are hooks for all
+    modules. What no longer is as it was read (a flag, a hook, a child) is read again.
+
     Args:
         model: any module, with the layers somewhere in it.
         include: only these modules and what is in them: patterns for paths ("encoder", "*.head"), classes, or functions
             of path and module; one or several. All by default.
         exclude: not these, nor what is in them.
+        fuse: join what follows one another, too.
     Returns:
         The report, a row for every layer.
     Raises:
         TypeError: for a model that is no module, or a choice that is none.
         ValueError: for a pattern that no path matches. In both cases nothing was changed.
+        RuntimeError: from a later call of a fused module: a module in it has changed what its forward then reads.
     """
     paths = _paths(model)
     within = None if include is None else _chosen(paths, include)
@@ -111,11 +123,18 @@ def accelerate(model: nn.Module, include: Choices | None = None, exclude: Choice
             return "excluded"
         return "not included" if reason is None and within is not None and id(module) not in within else reason
 
-    return _convert(paths, why_not, to_ours)
+    layers = _convert(paths, why_not, to_ours)
+    if not fuse:
+        return layers
+    allowed = {id(m) for m in paths.values() if id(m) not in without and (within is None or id(m) in within)}
+    found = {id(module) for module in local.candidates(model, allowed)}
+    fused = _convert(paths, lambda module: None if id(module) in found else why_not(module), local.fuse_in_place)
+    rows = {row.path: row for row in (*layers, *[row for row in fused if row.changed])}
+    return Conversions(tuple([rows[path] for path in paths if path in rows]), (*layers._changed, *fused._changed))
 
 
 def restore(model: nn.Module, to: types.ModuleType | None = None) -> Conversions:
-    """Undo `accelerate`: every module that it changed gets torch.nn's class back, and so do copies and parts of such modules.
+    """Undo `accelerate`: every module that it changed gets its class back, and so do copies and parts of such modules.
 
     Args:
         model: any module, with the layers somewhere in it.
@@ -127,7 +146,7 @@ def restore(model: nn.Module, to: types.ModuleType | None = None) -> Conversions
     """
     if to is not None and to is not nn:
         raise ValueError(f"layers are restored to torch.nn, not to {getattr(to, '__name__', repr(to))}")
-    return _convert(_paths(model), _why_not_back if to is None else _why_not_torch, _to_torch)
+    return _convert(_paths(model), _why_not_back if to is None else _why_not_torch, _back)
 
 
 def _paths(model: nn.Module) -> dict[str, nn.Module]:
@@ -169,13 +188,18 @@ def to_ours(module: nn.Module) -> None:
     vars(module)[MARK] = True
 
 
-def _to_torch(module: nn.Module) -> None:
+def _back(module: nn.Module) -> None:
+    if local.is_fused(module):
+        local.undo(module)
+        return
     module.__class__ = _TORCH[type(module)]  # type: ignore[assignment]
     vars(module).pop(MARK, None)
 
 
 def why_not_ours(module: nn.Module) -> str | None:
     """What speaks against making a module ours."""
+    if local.is_fused(module):
+        return "fused already"
     if type(module) in _TORCH:
         return "accelerated already" if MARK in vars(module) else "ours already"
     if type(module) not in CLASSES:
@@ -199,16 +223,18 @@ def _why_not_class(module: nn.Module) -> str:
 
 
 def _why_not_back(module: nn.Module) -> str | None:
-    if MARK not in vars(module):
+    fused = local.is_fused(module)
+    if MARK not in vars(module) and not fused:
         return "not accelerated"
     if parametrize.is_parametrized(module):
         return "parametrized since: remove the parametrizations first"
-    return None if type(module) in _TORCH else "made a subclass since"
+    unchanged = class_before(type(module)) is not type(module) if fused else type(module) in _TORCH
+    return None if unchanged else "made a subclass since"
 
 
 def _why_not_torch(module: nn.Module) -> str | None:
-    if type(module) in _TORCH:
-        return None
+    if type(module) in _TORCH or local.is_fused(module):
+        return _why_not_back(module) if local.is_fused(module) else None
     if not isinstance(module, tuple(_TORCH)):
         return "not one of ours"
     if parametrize.is_parametrized(module):
@@ -240,6 +266,8 @@ def _matches(path: str, module: nn.Module, choice: Choice) -> bool:
 
 
 def _name_of(kind: type[nn.Module]) -> str:
+    if class_before(kind) is not kind:
+        return f"{kind.__name__}, fused"
     package = kind.__module__.split(".")[0]
     if package == "torch":
         return f"torch.nn.{kind.__name__}"

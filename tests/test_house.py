@@ -86,7 +86,7 @@ MAY = {
     "integrations": {"_kernels", "draws", "kernels", "ops.attention", "ops.rotary"},
     "fusion": {"fusion", "ops", "dispatch", "functional", "_state", "_originals", "_torch", "_torch_functional"},
     "catalog": {"catalog", "modules", "ops", "fusion", "operation"},
-    "convert": {"catalog", "dispatch", "_state", "_originals"},
+    "convert": {"catalog", "dispatch", "fusion.local", "_state", "_originals"},
     "patch": {"catalog", "convert", "dispatch", "_originals", "_torch_functional"},
     "capture": set(),
     "reporting": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import enum
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -243,7 +244,7 @@ class Expressions:
             raise self.refuse(node, "compares what is only known at a call")
         for value in (left, right):
             if (
-                not (is_known(value) or isinstance(value, torch.dtype | torch.device | type))
+                not (is_known(value) or isinstance(value, torch.dtype | torch.device | type | enum.Enum))
                 and type(value).__eq__ is not object.__eq__
             ):
                 raise self.refuse(node, f"compares a {type(value).__name__}")

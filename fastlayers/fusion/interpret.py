@@ -11,10 +11,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import sys
 import types
 from collections import OrderedDict
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +21,11 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from .. import _torch
-from .._state import own
+from .._state import class_before, own
 from . import allowed, plan, source
 from .expressions import Expressions, Refused
 from .objects import Objects
-from .state import ATOMS, MISSING, Looked, found_on_class
+from .state import ATOMS, MISSING, Looked, forward_of, found_on_class
 from .statements import Frame
 from .values import (
     MUTABLE,
@@ -65,6 +64,7 @@ _COMPARING = {"add", "count", "discard", "index", "remove"}
 _STRUCTURE = (len, tuple, list, dict, zip, enumerate, reversed, slice)
 """Functions that don't look at the elements of what they are given."""
 _DEPTH = 40
+_NOWHERE = ast.Pass()
 
 
 class Left(NamedTuple):
@@ -86,6 +86,7 @@ class Interpreter(Objects):
     def __init__(self, model: nn.Module, training: bool, inplace: Any):
         self.model, self.training, self._inplace = model, training, inplace
         self.graph, self.looked = fx.Graph(), Looked()
+        self.graph.erase_node(self.graph.placeholder("self"))  # no node gets a name that the graph's code uses
         self.paths = {id(m): path for path, m in model.named_modules()}
         self.left: list[Left] = []
         self.steps = self._depth = 0
@@ -99,30 +100,56 @@ class Interpreter(Objects):
         Raises:
             TraceError: where the model's own forward stands in the way.
         """
-        forward = self._forward(self.model)
-        self.looked.attribute(type(self.model), "forward")
-        self.looked.global_hooks()
-        frame, nowhere = Frame(self, forward, {}), ast.Pass()
+        frame = self._begin()
         if self._is_sequence(self.model):
-            result = self._sequence(frame, nowhere, self.model, self.graph.placeholder("input"))
+            result = self._sequence(frame, _NOWHERE, self.model, self.graph.placeholder("input"))
         else:
-            result = self.run(forward, self._arguments(forward))
-        self.graph.output(self._argument(frame, nowhere, result))
+            result = self.run(frame.function, self._arguments(frame.function))
+        self.graph.output(self._argument(frame, _NOWHERE, result))
+
+    def trace_call(self, args: Sequence[Any], kwargs: dict[str, Any], given: Any) -> None:
+        """Fill the graph for calls with such arguments: those that are `given` are its inputs, the others always the same.
+
+        Raises:
+            TraceError: where the model's own forward stands in the way.
+        """
+        frame = self._begin()
+        inputs = [self._input(f"argument_{i}") if v is given else v for i, v in enumerate(args)]
+        named = {name: self._input(f"{name}_") if v is given else v for name, v in kwargs.items()}
+        if self._is_sequence(self.model):
+            if len(inputs) != 1 or named:
+                raise frame.refuse(_NOWHERE, "takes one argument")
+            result = self._sequence(frame, _NOWHERE, self.model, inputs[0])
+        else:
+            result = self._call_function(frame, _NOWHERE, frame.function, [self.model, *inputs], named)
+        self.graph.output(self._argument(frame, _NOWHERE, result))
+
+    def _begin(self) -> Frame:
+        forward = self._forward(self.model)
+        self.looked.attribute(class_before(type(self.model)), "forward")
+        self.looked.global_hooks()
+        return Frame(self, forward, {})
+
+    def _input(self, name: str) -> fx.Node:
+        """An argument that is something: None would be another kind of call."""
+        node = self.graph.placeholder(name)
+        self._given.add(node)
+        return node
 
     def _forward(self, module: nn.Module) -> types.FunctionType:
         """The function that a module's forward is."""
-        forward = found_on_class(type(module), "forward")
+        forward = forward_of(type(module))
         inner = inspect.unwrap(forward) if callable(forward) else None
-        if isinstance(inner, types.FunctionType) and _home(forward) == "fastlayers._originals":
+        if isinstance(inner, types.FunctionType) and source.home(forward) == "fastlayers._originals":
             forward = inner  # one of ours
-        if isinstance(forward, types.FunctionType) and _is_readable(forward):
+        if isinstance(forward, types.FunctionType) and source.is_readable(forward):
             return forward
         if not isinstance(inner, types.FunctionType):
             cls = type(module)
             raise Refused(cls.__module__, cls.__qualname__, "its forward isn't a function of Python's")
-        number = inner.__code__.co_firstlineno
+        number, wrapper = inner.__code__.co_firstlineno, f"{_name(type(forward))} of {source.home(forward)}"
         place = f"{inner.__code__.co_filename}:{number}"
-        raise Refused(place, source.line(inner, number), f"is wrapped in {_name(type(forward))} of {_home(forward)}")
+        raise Refused(place, source.line(inner, number), f"is wrapped in {wrapper}")
 
     def _arguments(self, forward: types.FunctionType) -> dict[str, Any]:
         """The forward's variables at its beginning: a node for each argument, but for those that a model may well ask for."""
@@ -210,9 +237,8 @@ class Interpreter(Objects):
             return {key: self._argument(frame, node, v) for key, v in value.items()}
         if type(value) is range:
             return tuple(value)
-        if value is None or isinstance(value, fx.Node | bool | int | float | complex | str) or is_opaque(value):
-            return value
-        if value is Ellipsis:
+        kinds = (fx.Node, type(None), type(Ellipsis), bool, int, float, complex, str)
+        if isinstance(value, kinds) or is_opaque(value):
             return value
         if type(value) is OrderedDict:
             return self.note(frame, node, OrderedDict, ([*value.items()],))
@@ -249,7 +275,7 @@ class Interpreter(Objects):
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    def call(self, frame: Expressions, node: ast.AST, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def call(self, frame: Any, node: ast.AST, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if isinstance(function, nn.Module):
             return self._call_module(frame, node, function, args, kwargs)
         if isinstance(function, MethodOf):
@@ -271,6 +297,10 @@ class Interpreter(Objects):
             return self.note(frame, node, function, args, kwargs)
         if allowed.is_python_function(function):
             return self._call_python(frame, node, function, args, kwargs)
+        if function is _torch.asserts and not kwargs:
+            return frame.asserted(node, *args)
+        if function is type and len(args) == 1:
+            return self.attribute(frame, node, args[0], "__class__")
         if any([function is f for f in (isinstance, hasattr, getattr, callable)]):
             return self._look(frame, node, function, args)
         if function is torch.jit.is_scripting:  # pyright: ignore[reportPrivateImportUsage]
@@ -287,7 +317,7 @@ class Interpreter(Objects):
         self, frame: Expressions, node: ast.AST, function: Any, args: list[Any], kwargs: dict[str, Any]
     ) -> Any:
         """Look into a function of somebody's own."""
-        if not isinstance(function, types.FunctionType) or not _is_readable(function):
+        if not isinstance(function, types.FunctionType) or not source.is_readable(function):
             raise frame.refuse(node, f"calls {_name(function)}, which isn't known to be traced rightly")
         try:
             bound = inspect.signature(function, follow_wrapped=False).bind(*args, **kwargs)
@@ -304,7 +334,7 @@ class Interpreter(Objects):
         try:
             return self.run(function, variables)
         except Refused as refused:
-            if not _is_torchs(function) or _is_torchs(frame.function):
+            if not source.is_torchs(function) or source.is_torchs(frame.function):
                 raise
             # The line to tell is the one in the user's own code.
             raise frame.refuse(node, f"calls {_name(function)}, in which {refused}") from refused
@@ -415,11 +445,11 @@ class Interpreter(Objects):
                 self._given = given
                 self.paths[id(module)] = path
                 self.left = [left for left in self.left if not left.path.startswith(f"{path}.")]
-                self.left.append(Left(path, type(module).__name__, refused))
+                if module._modules:
+                    self.left.append(Left(path, type(module).__name__, refused))
         if not _is_known_layer(module) and has_mutable((*args, *kwargs.values())):
             raise frame.refuse(node, f"hands a list to {path}, which may edit it")
-        if not _is_known_layer(module):
-            self.looked.late = True
+        self.looked.late |= not _is_known_layer(module)
         arguments = tuple([self._argument(frame, node, v) for v in args])
         return self.graph.call_module(path, arguments, {k: self._argument(frame, node, v) for k, v in kwargs.items()})
 
@@ -431,7 +461,7 @@ class Interpreter(Objects):
             self.graph.erase_node(node)
 
     def _is_leaf(self, module: nn.Module) -> bool:
-        """Whether its call is a node: no modules are in it, or somebody watches its call, or it is torch's and no Sequential."""
+        """Whether its call is a node: somebody watches it, or the module is torch's or ours and no Sequential."""
         if module is self.model:
             return False
         home = type(module).__module__
@@ -439,11 +469,11 @@ class Interpreter(Objects):
         called = found_on_class(type(module), "__call__")
         own_call = called is not found_on_class(nn.Module, "__call__")
         watched = plan.is_watched(module) or _torch.has_global_hook()
-        return not module._modules or watched or torchs or own_call
+        return watched or torchs or own_call
 
     def _is_sequence(self, module: nn.Module) -> bool:
         """Whether its forward calls its children one after the other, and does nothing else."""
-        forward = found_on_class(type(module), "forward")
+        forward = forward_of(type(module))
         home = getattr(forward, "__module__", "")
         known = home == "torch.nn.modules.container" or home == "fastlayers.modules.container"
         iterates = found_on_class(type(module), "__iter__") is found_on_class(nn.Sequential, "__iter__")
@@ -467,26 +497,3 @@ def _name(function: Any) -> str:
     name = getattr(function, "__qualname__", None) or type(function).__name__
     home = getattr(function, "__module__", None)
     return f"{home}.{name}" if isinstance(home, str) and home not in ("builtins", "__main__") else name
-
-
-def _is_torchs(function: types.FunctionType) -> bool:
-    return _home(function).startswith(("torch.", "fastlayers."))
-
-
-def _home(function: Any) -> str:
-    """The module in which it was written, which functools.wraps leaves as it is."""
-    if isinstance(function, types.FunctionType):
-        return function.__globals__.get("__name__") or "__main__"
-    return type(function).__module__
-
-
-def _is_readable(function: types.FunctionType) -> bool:
-    """Whether it is somebody's own function, or a method of one of torch's layers or ours. Whatever else there is in torch or in
-    Python's library isn't looked into."""
-    home = _home(function)
-    if home.startswith(("torch.nn.modules.", "fastlayers.modules.")):
-        return home != "torch.nn.modules.module"
-    top = home.split(".")[0]
-    return top not in ("torch", "fastlayers", "triton", "numpy") and (
-        top == "__main__" or top not in sys.stdlib_module_names
-    )

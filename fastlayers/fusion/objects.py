@@ -74,6 +74,9 @@ class Objects:
     def attribute(self, frame: Expressions, node: ast.AST, owner: Any, name: str, default: Any = MISSING) -> Any:
         owner = self.concrete(owner)
         if isinstance(owner, fx.Node):
+            if name == "dtype" and owner.op == "get_attr":  # of a parameter, which forwards ask for
+                path, _, last = str(owner.target).rpartition(".")
+                return self.looked.dtype(self.model.get_submodule(path), last)
             return self.note(frame, node, getattr, (owner, name))
         if isinstance(owner, Text):
             raise frame.refuse(node, "edits a text that is only known at a call")
@@ -107,6 +110,8 @@ class Objects:
         return MISSING
 
     def _of_class(self, frame: Expressions, node: ast.AST, owner: type, name: str) -> Any:
+        if name == "__name__":
+            return owner.__name__
         found = found_on_class(owner, name)
         if found is MISSING or type(type(owner)) is not type:
             return MISSING
@@ -124,6 +129,9 @@ class Objects:
         self.placed(module)
         if name == "training":
             return Training(module)
+        if name == "__class__":
+            self.looked.class_of(module)
+            return cls
         found = found_on_class(cls, name)
         if name in module.__dict__ and not isinstance(found, property):
             self.looked.attribute(module, name)
@@ -170,6 +178,8 @@ class Objects:
 
     def _of_object(self, frame: Expressions, node: ast.AST, owner: Any, name: str) -> Any:
         cls = type(owner)
+        if cls is types.FunctionType and name == "__name__":
+            return owner.__name__
         if cls.__getattribute__ not in _ORDINARY or not hasattr(owner, "__dict__"):
             raise frame.refuse(node, f"reads {name} of a {cls.__name__}")
         found = found_on_class(cls, name)

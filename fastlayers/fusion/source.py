@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
+import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -88,4 +89,27 @@ def _contains(node: Function, code: CodeType) -> bool:
     ]  # of no width: what Python puts before the first instruction
     return bool(known) and all(
         [begin <= (line, column) and (last, after) <= end for line, column, last, after in known]
+    )
+
+
+def is_torchs(function: FunctionType) -> bool:
+    return home(function).startswith(("torch.", "fastlayers."))
+
+
+def home(function: Any) -> str:
+    """The module in which it was written, which functools.wraps leaves as it is."""
+    if isinstance(function, FunctionType):
+        return function.__globals__.get("__name__") or "__main__"
+    return type(function).__module__
+
+
+def is_readable(function: FunctionType) -> bool:
+    """Whether it is somebody's own function, or a method of one of torch's layers or ours. Whatever else there is in torch or in
+    Python's library isn't looked into."""
+    place = home(function)
+    if place.startswith(("torch.nn.modules.", "fastlayers.modules.")):
+        return place != "torch.nn.modules.module"
+    top = place.split(".")[0]
+    return top not in ("torch", "fastlayers", "triton", "numpy") and (
+        top == "__main__" or top not in sys.stdlib_module_names
     )

@@ -8,9 +8,11 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from .. import _torch
+from .._state import class_before
 from . import plan
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "nothing"})()
@@ -26,6 +28,11 @@ def found_on_class(cls: type, name: str) -> Any:
         if name in base.__dict__:
             return base.__dict__[name]
     return MISSING
+
+
+def forward_of(cls: type) -> Any:
+    """A class's forward as its author wrote it."""
+    return found_on_class(class_before(cls), "forward")
 
 
 def _attribute(owner: Any, name: str) -> Any:
@@ -50,6 +57,10 @@ def _cell(owner: Any, name: str) -> Any:
     return owner.cell_contents
 
 
+def _dtype(owner: Any, name: str) -> Any:
+    return getattr(getattr(owner, name, None), "dtype", MISSING)
+
+
 def _training(owner: Any, name: str) -> Any:
     return owner.training
 
@@ -64,7 +75,7 @@ def _children(owner: Any, name: str) -> Any:
 
 def _forward(owner: Any, name: str) -> Any:
     """The function that a call of this module comes to; MISSING if somebody watches the call."""
-    return MISSING if plan.is_watched(owner) else found_on_class(type(owner), "forward")
+    return MISSING if plan.is_watched(owner) else forward_of(type(owner))
 
 
 def _global_hooks(owner: Any, name: str) -> Any:
@@ -133,6 +144,11 @@ class Looked:
 
     def class_of(self, module: Any) -> None:
         self._add(_class, module, "class", type(module))
+
+    def dtype(self, module: nn.Module, name: str) -> torch.dtype:
+        """Of a parameter or buffer."""
+        self._add(_dtype, module, name, _dtype(module, name))
+        return _dtype(module, name)
 
     def children(self, module: nn.Module) -> None:
         """The names of a module's children."""

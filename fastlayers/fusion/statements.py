@@ -146,9 +146,11 @@ class Frame(Expressions):
     def do_Assert(self, node: ast.Assert) -> None:
         if not __debug__:
             return
-        condition = self.value(node.test)
+        self.asserted(node, self.value(node.test), None if node.msg is None else self.value(node.msg))
+
+    def asserted(self, node: ast.AST, condition: Any, message: Any = None) -> None:
+        """That something is true, now or at every call."""
         if isinstance(condition, fx.Node):
-            message = None if node.msg is None else self.value(node.msg)
             message = message if message is None or isinstance(message, Text) else Text("{}", [message])
             arguments = (None,) if message is None else (message.template, *message.values)
             self.interpreter.note(self, node, verify, (condition, *arguments))

@@ -15,7 +15,7 @@ from torch.fx.node import has_side_effect, map_arg
 
 from .. import _torch
 from ..ops.activation import Activation
-from . import allowed, gated_mlp, plan
+from . import allowed, formulas, gated_mlp, plan
 from .activation import layer_of
 from .interpret import Interpreter, Left
 from .rows import Calls, Finder
@@ -40,14 +40,17 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     The result, a torch.fx.GraphModule, shares the model's modules, parameters and buffers: it trains as the model does, and
     state_dict is the same. Not shared are the hooks, attributes and methods of the model itself.
 
-    The forward of the model, and of modules that contain others, is read and not run, so that nothing of the model or of the
-    process changes meanwhile. What it does must be known to be traced rightly: calls of modules, of torch's functions on tensors,
-    of Python's and of the model's own functions, that decide by what is known before a call. A module that does anything else (it
-    keeps something, switches grad mode, decides by data) is called as it stands, and a warning says on which line. Flags, numbers
-    and functions that a forward reads are looked at again at every call, and the model is traced anew where one has changed.
+    What a model writes out is found, too: RMSNorm, GELU and other activations as expressions, and torch.addmm with a bias.
 
-    Modules without others in them, and those that have a hook, are called as ever. Arguments that are None, a bool or a word by
-    default will be that. A pickled copy of the result is what the model was then.
+    The forward of the model, and of the modules in it that aren't torch's or ours, is read and not run, so that nothing of
+    the model or of the process changes meanwhile. What it does must be known to be traced rightly: calls of modules, of
+    torch's functions on tensors, of Python's and of the model's own functions, that decide by what is known before a call. A
+    module that does anything else (it keeps something, switches grad mode, decides by data) is called as it stands, and if it
+    contains others, a warning says on which line. Flags, numbers and functions that a forward reads are looked at again at
+    every call, and the model is traced anew where one has changed.
+
+    Torch's modules and ours, and those that have a hook, are called as ever. Arguments that are None, a bool or a word by default
+    will be that. A pickled copy of the result is what the model was then.
 
     Shape, Dtype: any that the model takes.
     Raises:
@@ -111,16 +114,34 @@ def _traced(model: nn.Module, training: bool) -> tuple[fx.Graph, Looked, list[Le
     return interpreter.graph, interpreter.looked, interpreter.left
 
 
-def _join(model: nn.Module, graph: fx.Graph) -> int:
-    """Put a call in the place of each row of layers, and of each group around a gate; how many there are."""
-    finder = Finder(graph, dict(model.named_modules(remove_duplicate=False)), Calls(run, inplace))
+def local(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], given: Any) -> fx.GraphModule | None:
+    """The graph of a module's forward for calls with such arguments, as `Interpreter.trace_call` makes it; None where nothing was
+    found in it.
+
+    Raises:
+        TraceError: where the forward stands in the way.
+    """
+    interpreter = Interpreter(module, module.training, inplace)
+    interpreter.trace_call(args, kwargs, given)
+    if not _join(module, interpreter.graph, functions=True):
+        return None
+    return _module(module, interpreter.graph, interpreter.looked, ())
+
+
+def _join(model: nn.Module, graph: fx.Graph, functions: bool = False) -> int:
+    """Put a call in the place of each expression that is one of our functions, each row of layers, and each group around a gate;
+    with `functions`, of each function of torch.nn.functional, too. How many there are."""
+    modules, calls = dict(model.named_modules(remove_duplicate=False)), Calls(run, inplace)
+    count = formulas.replace(Finder(graph, modules, calls))
+    finder = Finder(graph, modules, calls)
     gates = list(gated_mlp.find(finder))
     rows = list(finder.rows({node for gate in gates for node in gate}))
     for row in rows:
         finder.replace(row)
     for gate in gates:
         gated_mlp.replace(graph, gate, finder.order)
-    return len(rows) + len(gates)
+    count += len(rows) + len(gates)
+    return count + formulas.replace_functions(graph) if functions else count
 
 
 def _messages(left: Sequence[Left]) -> list[str]:

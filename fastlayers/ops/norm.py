@@ -145,12 +145,57 @@ class RMSNorm(Operation):
         )  # fmt: skip
 
 
+class RMSNormExpression(RMSNorm):
+    """RMSNorm as models write it out of torch's functions, whose result is rounded more than once: here it is once."""
+
+    autocast = None  # which leaves such an expression as it is
+
+    class Options(NamedTuple):  # pyright: ignore[reportIncompatibleVariableOverride]
+        shape: tuple[int, ...]
+        eps: float
+        dtype: torch.dtype | None
+        """Always None."""
+        widens: bool
+        """Whether the input is converted to float32 first."""
+        scales_input: bool
+        """Whether it is the input itself, rather than what it is converted to, that is scaled."""
+        cast: str
+        """Whether the result is converted "before" it is multiplied with the weight, or "after"; "" if it isn't."""
+        to: torch.dtype | None
+        """To which dtype; None: the input's."""
+
+    def label(self, options: Any) -> str:
+        return "rms_norm"
+
+    def reference(self, input: Any, weight: Any, *options: Any) -> Any:
+        _, eps, _, widens, scales_input, cast, to = options
+        wide = input.to(torch.float32) if widens else input
+        y = (input if scales_input else wide) * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        y = y.to(to or input.dtype) if cast == "before" else y
+        y = y if weight is None else weight * y
+        return y.to(to or input.dtype) if cast == "after" else y
+
+    def unsupported(self, t: Any, options: Any) -> str | None:
+        x, w = t.input, t.weight
+        if x.dim() == 0 or not x.is_contiguous():
+            return "an input whose strides the result would have"
+        wide = options.widens and x.dtype.itemsize < 4
+        if (wide and not options.cast) or options.to not in (None, x.dtype):
+            return "a result of another dtype than the input's"
+        if w is not None:
+            if w.shape != x.shape[-1:]:
+                return "a weight that isn't a row"
+            if w.dtype != x.dtype and not (options.cast == "after" and w.dtype == torch.float32 and wide):
+                return "a weight of another dtype than the input's"
+        return None
+
+
 def _eps(options: Any, x: Any) -> float:
     """Without one, torch's."""
     return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if options.eps is None else options.eps
 
 
-_layer_norm, _rms_norm = LayerNorm(), RMSNorm()
+_layer_norm, _rms_norm, _rms_norm_expression = LayerNorm(), RMSNorm(), RMSNormExpression()
 
 
 class AddNorm(Operation):
@@ -314,3 +359,16 @@ def add_norm(
     take both, or autocast would compute the two in different dtypes."""
     eps = None if eps is None else float(eps)
     return _add_norm((input, residual, weight, bias), tuple(normalized_shape), eps, None, center, joined=True)
+
+
+def rms_norm_expression(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    widens: bool,
+    scales_input: bool,
+    cast: str,
+    to: torch.dtype | None,
+) -> torch.Tensor:
+    """RMSNorm over the last dimension, as a model writes it out (`RMSNormExpression`)."""
+    return _rms_norm_expression((input, weight), tuple(input.shape[-1:]), eps, None, widens, scales_input, cast, to)

@@ -25,8 +25,8 @@ CORE = ("llama", "bert", "vit", "unet", "lstm_tagger", "transformer")
 STEPS = 2
 TWINS = 4
 FLOORS = pathlib.Path(__file__).with_name("floors.json")
-"""Of each model, the shares of FLOPs and of bytes in percent that run on kernels, accelerated and within `patched`. They only
-rise: `python tests/exam/update_floors.py` writes what is higher than what stands there."""
+"""Of each model, the shares of FLOPs and of bytes in percent that run on kernels: accelerated, fused, and within `patched`. They
+only rise: `python tests/exam/update_floors.py` writes what is higher than what stands there."""
 
 
 def names(only: Callable[[str], bool] = lambda name: True) -> list[Any]:
@@ -133,26 +133,31 @@ def same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("exam", names(), indirect=True)
 def test_accelerated(exam: Exam, device: torch.device, launched: list[str]) -> None:
-    """Trained on the kernels within the budget, and restored: classes, state and what it then computes, bit for bit."""
+    """Trained on the kernels within the budget, fused or not, and restored: classes, state and what it then computes, bit for
+    bit."""
     model, batch = drawn(exam, device)
-    ours, before = copy.deepcopy(model), classes(model)
-    with fastlayers.accelerate(ours) as report:
-        assert report.changed
-        same_bits(ours.state_dict(), model.state_dict())
-        on_kernels = train(exam, ours, batch)
-    assert launched
-    twins = [twin(model) for _ in range(TWINS)]
-    judge(on_kernels, [train(exam, copy.deepcopy(m), batch) for m in (model, *twins)], exactly(exam, model, batch))
+    torchs = [train(exam, copy.deepcopy(m), batch) for m in (model, *[twin(model) for _ in range(TWINS)])]
+    exact = exactly(exam, model, batch)
+    for fuse in (False, True):
+        ours, before = copy.deepcopy(model), classes(model)
+        launched.clear()
+        with fastlayers.accelerate(ours, fuse=fuse) as report:
+            assert report.changed
+            same_bits(ours.state_dict(), model.state_dict())
+            on_kernels = train(exam, ours, batch)
+        assert launched
+        judge(on_kernels, torchs, exact)
 
-    assert classes(ours) == before
-    model.load_state_dict(ours.state_dict())
-    launched.clear()
-    for one, other in zip(train(exam, ours, batch), train(exam, model, batch), strict=True):
-        same_bits(one, other)
-    assert not launched
+        assert classes(ours) == before
+        untouched = copy.deepcopy(model)
+        untouched.load_state_dict(ours.state_dict())
+        launched.clear()
+        for one, other in zip(train(exam, ours, batch), train(exam, untouched, batch), strict=True):
+            same_bits(one, other)
+        assert not launched
 
 
-SHARES = ("accelerated FLOPs", "accelerated bytes", "patched FLOPs", "patched bytes")
+SHARES = ("accelerated FLOPs", "accelerated bytes", "fused FLOPs", "fused bytes", "patched FLOPs", "patched bytes")
 
 
 def shares(exam: Exam) -> dict[str, float]:
@@ -160,9 +165,12 @@ def shares(exam: Exam) -> dict[str, float]:
     model, batch = exam.model(), exam.batch()
     batch.pop("attention_mask", None)  # whether all of it is 1 is asked for, which meta tensors don't know
     accelerated = fastlayers.report(model, dtype=torch.bfloat16, **batch)
+    joined = copy.deepcopy(model)
+    fastlayers.accelerate(joined, fuse=True)
+    fused = fastlayers.report(joined, dtype=torch.bfloat16, **batch)
     with fastlayers.patched():
         patched = fastlayers.report(model, dtype=torch.bfloat16, **batch)
-    found = (accelerated.flops, accelerated.bytes, patched.flops, patched.bytes)
+    found = [share for report in (accelerated, fused, patched) for share in (report.flops, report.bytes)]
     return {name: round(100 * share, 1) for name, share in zip(SHARES, found, strict=True)}
 
 

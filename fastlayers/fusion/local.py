@@ -1,0 +1,197 @@
+"""Fusion in place: a module gets a generated subclass of its exact class, whose forward runs what `fuse` makes of the class's own
+forward. A graph is made at the first call with arguments of a kind; where none can be made, the class's own forward runs."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+import threading
+import weakref
+from typing import Any
+
+from torch import fx, nn
+from torch.compiler import is_dynamo_compiling
+from torch.fx.proxy import TraceError
+
+from .._state import class_before
+from . import plan, trace
+from .state import MISSING
+
+_GRAPHS = "_fused_graphs"
+"""Where a fused module keeps its graphs."""
+_CONSTANT = (type(None), bool, str)
+"""Types of arguments that decide something in many forwards, and get a graph for each value."""
+_KINDS, _CHANGES = 16, 8
+"""So many kinds of arguments have a graph, and so often is it made anew where something that it was made of has changed. Beyond
+that the class's own forward runs."""
+_lock = threading.RLock()
+
+
+class _Given:
+    """Stands in the kind of a call for an argument that a graph has as an input."""
+
+    def __repr__(self) -> str:
+        return "given"
+
+
+_GIVEN = _Given()
+
+
+class Graphs:
+    """The graphs of one module, by the kind of a call: whether it is in training, the names of its arguments, and the values of
+    those that are None, a bool or a word. Copies and pickles of a module begin anew."""
+
+    def __init__(self) -> None:
+        self._module: weakref.ref[nn.Module] | None = None
+        self._found: dict[Any, Any] = {}
+        self._changes: dict[Any, int] = {}
+
+    def __reduce__(self) -> Any:
+        return Graphs, ()
+
+    def of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The graph for a call; None where the class's own forward is to run."""
+        kind = (
+            module.training,
+            tuple([v if type(v) in _CONSTANT else _GIVEN for v in args]),
+            tuple([(name, v if type(v) in _CONSTANT else _GIVEN) for name, v in kwargs.items()]),
+        )
+        graph = self._found.get(kind, MISSING)
+        if self._module is None or self._module() is not module:
+            if self._module is not None:  # a shallow copy, whose parameters aren't those of the graphs
+                return None
+            self._module = weakref.ref(module)
+        if graph is not MISSING and (graph is None or graph._looked.changed(module) is None):
+            return graph
+        with _lock:
+            return self._make(module, kind)
+
+    def _make(self, module: nn.Module, kind: Any) -> Any:
+        if kind not in self._found and len(self._found) >= _KINDS:
+            return None
+        self._changes[kind] = self._changes.get(kind, 0) + 1
+        self._found[kind] = _made(module, kind[1], dict(kind[2])) if self._changes[kind] <= _CHANGES else None
+        return self._found[kind]
+
+    def give_up(self) -> None:
+        """From now on the class's own forward runs, whatever it is called with."""
+        self._found = dict.fromkeys(self._found)
+
+
+def _made(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's forward as a graph in which something runs fused; None where its forward can't be read, or nothing is found."""
+    try:
+        return trace.local(module, args, kwargs, _GIVEN)
+    except TraceError:
+        return None
+
+
+@functools.cache
+def class_after(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass for modules of exactly this class, which goes by its name."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo, torch.fx and torch.jit are to see the forward as it is written, and hooks for all modules every call.
+        if is_dynamo_compiling() or plan.everyone_is_watched():
+            return cls.forward(self, *args, **kwargs)
+        graphs = self.__dict__[_GRAPHS]
+        graph = graphs.of(self, args, kwargs)
+        if graph is None:
+            return cls.forward(self, *args, **kwargs)
+        inputs = [v for v in (*args, *kwargs.values()) if type(v) not in _CONSTANT]
+        graph.__dict__["training"] = self.training
+        result = type(graph).forward(graph, *inputs)
+        if graph._looked.late:
+            changed = graph._looked.changed(self, within=True)
+            if changed is not None:
+                graphs.give_up()
+                raise RuntimeError(f"{changed} is changed by a call and read in it, which a graph can't follow")
+        return result
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        function, args, *rest = super(after, self).__reduce_ex__(max(protocol, 2))
+        if function is copyreg.__newobj__ and args[0] is after:  # type: ignore[attr-defined]
+            return _new, (cls, *args[1:]), *rest
+        return function, args, *rest
+
+    names = dict(__module__=cls.__module__, __qualname__=cls.__qualname__, __doc__=cls.__doc__)
+    make: Any = type(cls)
+    after: Any = make(
+        cls.__name__, (cls,), {**names, "forward": forward, "__reduce_ex__": reduce, "_class_before": cls}
+    )
+    return after
+
+
+def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
+    """A module of the subclass, for a pickle."""
+    after = class_after(cls)
+    return after.__new__(after, *args)
+
+
+def is_fused(module: nn.Module) -> bool:
+    return _GRAPHS in vars(module)
+
+
+def fuse_in_place(module: nn.Module) -> None:
+    module.__class__ = class_after(type(module))
+    vars(module)[_GRAPHS] = Graphs()
+
+
+def undo(module: nn.Module) -> None:
+    module.__class__ = class_before(type(module))
+    del vars(module)[_GRAPHS]
+
+
+def candidates(model: nn.Module, allowed: set[int]) -> list[nn.Module]:
+    """The modules in whose forwards something is found: the model itself, or parts of it, wherever a forward can't be read. None
+    of them is, or contains, a module that isn't allowed, by identity."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+
+    def walk(module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        graph = _guessed(module) if _may_change(module, allowed) else None
+        if graph is None:
+            inner = [child for child in module._modules.values() if child is not None]
+        else:
+            found.extend([] if is_fused(module) else [module])
+            paths = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+            inner = [module.get_submodule(path) for path in paths]
+        for child in inner:
+            walk(child)
+
+    walk(model)
+    return found
+
+
+def _may_change(module: nn.Module, allowed: set[int]) -> bool:
+    cls = type(module)
+    torchs = cls.__module__.split(".")[0] in ("torch", "fastlayers") or isinstance(module, fx.GraphModule)
+    return not torchs and "forward" not in vars(module) and all([id(m) in allowed for m in module.modules()])
+
+
+def _guessed(module: nn.Module) -> Any:
+    """The graph for a call as its signature makes one expect it: with the arguments that have no default, or with all."""
+    try:
+        parameters = [*inspect.signature(type(module).forward).parameters.values()][1:]
+    except (TypeError, ValueError):  # it isn't a function of Python's
+        return None
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for given in ([p for p in named if p.default is p.empty], named):
+        found = _made(module, tuple([_GIVEN for p in given if p.kind is not p.KEYWORD_ONLY]), {})
+        if found is not None and _has_subclasses(type(module)):
+            return found
+    return None
+
+
+def _has_subclasses(cls: type[nn.Module]) -> bool:
+    """Whether one can be generated: a class may ask more of its subclasses, or forbid them."""
+    try:
+        class_after(class_before(cls))
+    except Exception:
+        return False
+    return True
