@@ -11,11 +11,27 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from fastlayers.kernels.conv.geometry import Geometry
 from fastlayers.kernels.runtime import tiles as _tiles
+from fastlayers.ops.activation import Activation
 from fastlayers.reporting.dry_run import ANY, noting, size
 from fastlayers.reporting.gpus import Work
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+RELU, GELU, GELU_TANH = Activation("relu"), Activation("gelu"), Activation("gelu_tanh")
+
+
+def maker(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    return lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+
+
+Call = tuple[str, str, Callable[[], object]]
+"""Direction, kernel, and what launches it."""
+
+
+def geometry_of(stride: int, padding: int, precision: str, groups: int = 1) -> dict[str, Any]:
+    pads = padding, padding
+    return dict(geometry=Geometry((stride, stride), pads, pads, (1, 1), groups), precision=precision)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class ProjectedAttention(Operation):
                     None if t is None else t.detach().requires_grad_() if need and not t.requires_grad else t.view_as(t)
                 )
             wanted = [t for t, need in zip(given, needs, strict=False) if need]
-            q, k, v = _three(*given, options.heads, options.batch, _held(saved.key, saved.value))
+            q, k, v = _three(given[0], given[1], given[2], options.heads, options.batch, _held(saved.key, saved.value))
             empty = math.nan if options.empty_is_nan else 0.0
             y, weights = attention.formula(
                 q, k, v, saved.attn_mask, saved.seed, options.dropout_p, options.is_causal, None, empty
