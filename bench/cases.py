@@ -230,6 +230,7 @@ def _box_weight_grad_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield "weight grad, packed", kernel, call
 
 
+@functools.cache
 def cases(target: str) -> list[Case]:
     """Every kernel at every tile that can be picked on `target`."""
     narrow = [*_product_cases(target), *_descriptor_cases(target), *_box_cases(target)]
@@ -256,7 +257,7 @@ def representative(case: Case, target: str) -> bool:
     """Whether a case is in the audit that CI runs, which must end within minutes. The rule:
 
     - one dtype for each kind of arithmetic: not float16, whose code is bfloat16's with other names in it;
-    - on sm_90 everything in bfloat16 and TF32 that this file lists; of strict float32 a quarter, as of GELU's products, whose
+    - on sm_90 everything in bfloat16 and TF32 that this file and stream_cases.py list; of strict float32 a quarter, as of GELU's products, whose
       main loops are those of ReLU's, and of what is listed for every length of a row (norms, cross entropy, softmax); of what
       follows from the catalog, hundreds of small kernels, a sixth; of float64 and 64-bit offsets an eighth;
     - of products with rows that 16 doesn't divide an eighth, and half of the persistent ones, which fill the shared memory;

@@ -117,7 +117,6 @@ _LOGARITHMS = ("rows 8192", "rows 16384", "rows 32768", "blocks tall")
 """The largest tiles of softmax, which are compiled for its logarithm as well."""
 
 
-@functools.cache
 def _loss_cases() -> Iterator[Case]:
     """Cross entropy: vocabularies, few and short rows, images; rows whose length no vector divides."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
