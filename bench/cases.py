@@ -257,9 +257,10 @@ def representative(case: Case, target: str) -> bool:
     """Whether a case is in the audit that CI runs, which must end within minutes. The rule:
 
     - one dtype for each kind of arithmetic: not float16, whose code is bfloat16's with other names in it;
-    - on sm_90 everything in bfloat16 and TF32 that this file and stream_cases.py list; of strict float32 a quarter, as of GELU's products, whose
-      main loops are those of ReLU's, and of what is listed for every length of a row (norms, cross entropy, softmax); of what
-      follows from the catalog, hundreds of small kernels, a sixth; of float64 and 64-bit offsets an eighth;
+    - on sm_90 everything in bfloat16 and TF32 that this file and stream_cases.py list; of strict float32 a quarter, as of
+      GELU's products, whose main loops are those of ReLU's, and of what is listed for every length of a row (norms, cross
+      entropy, softmax); of what follows from the catalog, hundreds of small kernels, a sixth; of float64 and 64-bit offsets an
+      eighth;
     - of products with rows that 16 doesn't divide an eighth, and half of the persistent ones, which fill the shared memory;
     - on the other targets an eighth of what is in bfloat16, TF32 and what memory decides, and nothing of the rest; of what
       follows from the catalog, and on sm_86 and sm_89, which have sm_80's instructions and less memory, a forty-eighth;
