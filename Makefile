@@ -10,9 +10,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not slow and not long and not exam"
 
-# What `make test` leaves out, because it takes long and rarely tells anything new.
+# What `make test` leaves out, because it takes long and rarely tells anything new; SHARE=0/8 is the first of eight shares.
+SHARE ?= 0/1
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto -m "slow and not long and not exam"
+	$(BIN)/python -m pytest -n auto -m "slow and not long and not exam" --share $(SHARE)
 
 # Every kernel's compiled code, run in the emulator of tests/ptx_machine; ONLY=half0 and ONLY=half1 are a half each.
 ONLY ?= half

@@ -45,7 +45,15 @@ def pytest_report_header() -> str:
     return f"fastlayers on {where}; FASTLAYERS_TEST_SEED={os.environ['FASTLAYERS_TEST_SEED']}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", default="0/1", help="I/N: the I-th of N shares of the tests, divided by their names")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    share, shares = map(int, config.getoption("--share").split("/"))
+    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % shares != share]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % shares == share]
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
