@@ -3,9 +3,10 @@
 Not a measurement. What one warp does in a pass of the main loop is counted (`counted`), and how many passes the whole work takes
 follows from its FLOPs; in a kernel without a loop, from the number of its warps. Then:
 
-- a multiprocessor issues 4 instructions a clock and has 16 lanes for special functions; its lanes for float32 and its tensor
-  cores follow from the peaks in fastlayers/reporting/gpus.py. Of instruction slots, float32 and special functions the slowest
-  decides. The time of tensor cores is added: the loops that Triton makes wait for a product before they go on with its result.
+- a multiprocessor issues 4 instructions a clock and has 16 lanes for special functions, 64 or 128 for float32; its tensor
+  cores and the clock follow from the peaks in fastlayers/reporting/gpus.py. Of instruction slots, float32 and special functions
+  the slowest decides. The time of tensor cores is added: the loops that Triton makes wait for a product before they go on with
+  its result.
 - Memory moves the fewest bytes that the work can do with. Whichever is longer, multiprocessors or memory, is the estimate.
 
 Left out: bank conflicts (`python -m bench counters` has them), the L2, the last wave that doesn't fill the GPU, what comes before
@@ -26,6 +27,7 @@ from . import assembly
 
 _TENSOR_FLOPS = {"sm_80": 2048, "sm_90": 4096}
 """Of a multiprocessor in a clock, in 16 bits, from the whitepapers of A100 and H100. With the peak it gives the clock."""
+_FLOAT_LANES = {"sm_80": 64, "sm_90": 128}
 _ISSUED, _SPECIAL_LANES, _LANES = 4, 16, 32
 ESTIMATED = ("A100", "H100", "H200")
 """The GPUs whose machine code and rates are known well enough."""
@@ -114,11 +116,10 @@ def _clocks(counted: Counted, gpu: GPU) -> float:
     def rate(arithmetic: str) -> float:
         return gpu.teraflops[arithmetic] * 1e12 / gpu.multiprocessors / _clock(gpu)
 
-    float_lanes = rate("ieee") / 2
     others = max(
         counted.instructions / _ISSUED,
         counted.special * _LANES / _SPECIAL_LANES,
-        counted.floats * _LANES / float_lanes,
+        counted.floats * _LANES / _FLOAT_LANES[gpu.target],
     )
     return others + sum(flops / rate(arithmetic) for arithmetic, flops in counted.tensor.items())
 

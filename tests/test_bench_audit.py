@@ -205,7 +205,7 @@ def test_operands_that_threads_read_too() -> None:
 ROW: dict[str, Any] = {
     "kernel": "matmul", "target": "sm_90", "registers": 170, "spills": 0, "stack": 0, "shared": 147456,
     "matrix": {"HGMMA.64x256x16.F32.BF16": 8}, "tma": 0, "async": {"128": 24}, "loads": {"32": 8}, "stores": {"128": 16},
-    "loop": {"matrix": 4, "integer": 96},
+    "loop": {"matrix": 4, "integer": 96}, "pass": None,
 }  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def test_the_launch_that_a_case_means_is_compiled(monkeypatch: pytest.MonkeyPatc
         case = Case("x", "_kernel", torch.float32, call, {}, before=1, wide=wide)
         with audit._compiling("sm_90", case, compiled):
             case.call()
-        assert compiled == [(1, {"WIDE": wide})]
+        assert compiled == [(1, {"WIDE": wide}), 1]  # and its programs
 
 
 @pytest.mark.parametrize("target", EACH_TARGET)

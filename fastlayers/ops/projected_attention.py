@@ -19,6 +19,8 @@ from . import attention
 if TYPE_CHECKING or _kernels.MISSING is None:
     from ..kernels.attention import launchers as kernels
 
+__all__: list[str] = []  # none is a function of torch's
+
 
 def _softmax(x: torch.Tensor) -> torch.Tensor:
     return F.softmax(x, -1)
