@@ -25,10 +25,9 @@ def _kind(row: Row) -> str:
 LEADING = {row.name for row in {_kind(row): row for row in reversed(ROWS)}.values()}
 """The first layer of each kind of record. In `make test` they stand for all in tests of what a record and the engine do together;
 the numbers of every layer are tested. The others follow with `make slow`."""
-REPLAYED = [name for name in LAYERS if name not in ("Embedding", "EmbeddingBag", "LSTM", "packed_gated_mlp")]
+REPLAYED = [name for name in LAYERS if name not in ("Embedding", "EmbeddingBag", "LSTM")]
 """The embeddings' backward sorts the indices by torch's own operator, and so isn't replayed. An LSTM's first states are tensors
-that torch makes anew at every call, whose addresses can't be compared. packed_gated_mlp's kernels are given the second half of a
-tensor, whose address isn't that of a tensor of the call."""
+that torch makes anew at every call, whose addresses can't be compared."""
 SEQUENCES = {"GRU", "LSTM", "RNN"}
 """Layers that torch.compile leaves alone, and of whose functions torch has no derivatives forward, no rule for vmap, and on a CPU
 no autocast of an LSTM."""

@@ -304,7 +304,7 @@ def test_a_replay_escapes_nobody(name: str, grad: bool, plays: list[None], devic
     assert len(plays) == before + 1
     expected = torch.autograd.grad(reference(*tensors), tensors, many, is_grads_batched=True)
     for a, b in zip(batched, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6 * max(1.0, float(b.abs().max())))  # sums that cancel
 
 
 @pytest.mark.parametrize("name", NAMES)
