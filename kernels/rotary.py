@@ -61,7 +61,7 @@ def _rotate(
 ):  # fmt: skip
     """TILE_M of the ROWS (b, outer, inner) of x and y."""
     if WIDE:
-        pid = pid.to(tl.int64)
+        pid, x_d, y_d = pid.to(tl.int64), tl.cast(x_d, tl.int64), tl.cast(y_d, tl.int64)
     row = pid * TILE_M + tl.arange(0, TILE_M)
     hit = row < ROWS
     b = row // (OUTER * INNER)

@@ -128,7 +128,9 @@ def test_when_keys_are_shared_out() -> None:
     assert many is not None and many.shares == 1  # K and V are read once for four heads
     chunk = picks.shares(1, 8, 1, 128, 8192, half, 128, gpu)
     assert chunk is not None and chunk.shares > 4
-    for batch, group, queries, keys in ((1, 4, 1, 200), (64, 1, 1, 8192), (1, 1, 4096, 4096), (32, 1, 100, 850)):
+    alone = picks.shares(64, 32, 1, 1, 8192, half, 128, gpu)
+    assert alone is not None and alone.shares == 1 and alone.tile.m == 16  # not a tile of 128 rows for one query
+    for batch, group, queries, keys in ((1, 4, 1, 200), (1, 1, 4096, 4096), (32, 1, 100, 850)):
         assert picks.shares(batch, 32, group, queries, keys, half, 128, gpu) is None
 
 

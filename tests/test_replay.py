@@ -72,6 +72,25 @@ def test_views_that_begin_elsewhere_are_replayed(plays: list[None], device: torc
     assert len(plays) == 2
 
 
+def test_a_view_that_begins_where_another_tensor_does_is_not_taken_for_it(device: torch.device) -> None:
+    """The second half of x begins where y begins. In later calls y is somewhere else."""
+
+    def work(tensors: Any) -> tuple[torch.Tensor, ...]:
+        x, y = tensors
+        out = _launch.empty_like(y)
+        kernels.pointwise(x[4:], out, RELU)
+        kernels.pointwise(y, other := _launch.empty_like(y), RELU)
+        return out, other
+
+    replayable = _replay.Replayable(work)
+    for together in (True, True, True, False, False):
+        x = torch.randn(8, 5, device=device)
+        y = x[4:] if together else torch.randn(4, 5, device=device)
+        out, other = replayable((x, y))
+        assert torch.equal(out, x[4:].relu())
+        assert torch.equal(other, y.relu())
+
+
 def test_results_and_options_are_told_apart(plays: list[None], device: torch.device) -> None:
     """Inputs, allocations and None among the results; options that change what is done."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -95,7 +96,9 @@ class CosineSimilarity(Operation):
         return options.dim % t.x1.dim(), eps1, eps2
 
 
+@functools.lru_cache(maxsize=4096)
 def _rounded(number: float, dtype: torch.dtype) -> float:
+    """Remembered, because a call that asks a tensor for its number can't be replayed."""
     return torch.tensor(number, dtype=dtype).item()
 
 

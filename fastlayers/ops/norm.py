@@ -179,7 +179,7 @@ class RMSNormExpression(RMSNorm):
         x, w = t.input, t.weight
         if x.dim() == 0 or not x.is_contiguous():
             return "an input whose strides the result would have"
-        wide = options.widens and x.dtype.itemsize < 4
+        wide = options.widens and x.dtype != torch.float32
         if (wide and not options.cast) or options.to not in (None, x.dtype):
             return "a result of another dtype than the input's"
         if w is not None:

@@ -206,8 +206,8 @@ def _in_shares(
     )  # fmt: skip
     if shares > 1:
         launch.launch(
-            attention_merge_kernel, cdiv(rows, 4), found, found_lse, out, lse, h, l, rows, shares, *out.stride(),
-            DV=dv, EMPTY_IS_NAN=empty_is_nan, TILE_M=4, TILE_V=meta["TILE_V"],
+            attention_merge_kernel, rows, found, found_lse, out, lse, h, l, rows, shares, *out.stride(),
+            DV=dv, EMPTY_IS_NAN=empty_is_nan, TILE_S=16, TILE_V=meta["TILE_V"],
         )  # fmt: skip
 
 

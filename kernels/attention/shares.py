@@ -16,7 +16,7 @@ def _offsets(row, L, x_h, x_m):
     return (row // L).to(tl.int64) * x_h + (row % L).to(tl.int64) * x_m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SHARES"])
 def attention_shares_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr,
     H, L, S, GROUP, SHARES, SHARE, scale: tl.float64,  # type: ignore[valid-type]
@@ -73,33 +73,38 @@ def attention_shares_kernel(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (c < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SHARES"])
 def attention_merge_kernel(
     found_ptr, found_lse_ptr, out_ptr, lse_ptr, H, L, ROWS, SHARES, out_b, out_h, out_m, out_d,
-    DV: tl.constexpr, EMPTY_IS_NAN: tl.constexpr, TILE_M: tl.constexpr, TILE_V: tl.constexpr,
+    DV: tl.constexpr, EMPTY_IS_NAN: tl.constexpr, TILE_S: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_M of all ROWS queries, from what the shares (SHARES, ROWS, DV) found, in the order of the keys."""
-    row, c = tl.cast(tl.program_id(0), tl.int64) * TILE_M + tl.arange(0, TILE_M), tl.arange(0, TILE_V)
-    exists = row < ROWS
-    inside = exists[:, None] & (c < DV)[None, :]
-    at = found_lse_ptr + row
-    highest = tl.full((TILE_M,), float("-inf"), found_lse_ptr.dtype.element_ty)
-    for share in range(SHARES):
-        lse = tl.load(at + tl.cast(share, tl.int64) * ROWS, mask=exists, other=0.0)
+    """One program: one of ROWS queries, from what the shares (SHARES, ROWS, DV) found. TILE_S shares are loaded at a time, since
+    each waits for memory; they are added in a fixed order."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    s, c = tl.arange(0, TILE_S), tl.arange(0, TILE_V)
+    highest = tl.full((TILE_S,), float("-inf"), found_lse_ptr.dtype.element_ty)
+    for first in range(0, SHARES, TILE_S):
+        at = (first + s).to(tl.int64) * ROWS + row
+        lse = tl.load(found_lse_ptr + at, mask=first + s < SHARES, other=float("inf"))
         highest = tl.maximum(highest, tl.where(lse == float("inf"), float("-inf"), lse))
-    base = tl.where(highest == float("-inf"), 0.0, highest)  # no share had a key to attend to
-    total = tl.zeros((TILE_M,), found_lse_ptr.dtype.element_ty)
-    acc = tl.zeros((TILE_M, TILE_V), found_ptr.dtype.element_ty)
-    for share in range(SHARES):
-        lse = tl.load(at + tl.cast(share, tl.int64) * ROWS, mask=exists, other=0.0)
+    top = tl.max(highest, axis=0)
+    base = tl.where(top == float("-inf"), 0.0, top)  # no share had a key to attend to
+    totals = tl.zeros((TILE_S,), found_lse_ptr.dtype.element_ty)
+    parts = tl.zeros((TILE_S, TILE_V), found_ptr.dtype.element_ty)
+    for first in range(0, SHARES, TILE_S):
+        at = (first + s).to(tl.int64) * ROWS + row
+        exists = first + s < SHARES
+        lse = tl.load(found_lse_ptr + at, mask=exists, other=float("inf"))
+        inside = exists[:, None] & (c < DV)[None, :]
+        found = tl.load(found_ptr + (at[:, None] * DV + c[None, :]), mask=inside, other=0.0)
         weight = tl.where(lse == float("inf"), 0.0, tl.exp2(lse - base))
-        found = found_ptr + (tl.cast(share, tl.int64) * ROWS + row)[:, None] * DV + c[None, :]
-        acc += weight[:, None] * tl.load(found, mask=inside, other=0.0)
-        total += weight
+        parts += tl.where(inside, weight[:, None] * found, 0.0)
+        totals += weight
+    acc, total = tl.sum(parts, axis=0), tl.sum(totals, axis=0)
     if EMPTY_IS_NAN:
         total = tl.where(total == 0, float("nan"), total)
     if lse_ptr is not None:
-        tl.store(lse_ptr + row, tl.where(total == 0, float("inf"), base + tl.log2(total)), mask=exists)
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    at = out_ptr + (row // (H * L) * out_b + row // L % H * out_h + row % L * out_m)[:, None] + c[None, :] * out_d
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(lse_ptr + row, tl.where(total == 0, float("inf"), base + tl.log2(total)))
+    acc = acc / tl.where(total == 0, 1.0, total)
+    at = out_ptr + (row // (H * L) * out_b + row // L % H * out_h + row % L * out_m) + c * out_d
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=c < DV)

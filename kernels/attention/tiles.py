@@ -171,7 +171,8 @@ def shares(
     programs = batch * heads // group * cdiv(rows, tile.m)
     found = max(1, min(2 * device.multiprocessors // max(programs, 1), cdiv(keys, tile.n) // 4))
     if rows <= 64:
-        return Shares(tile, found) if found > 1 or group > 1 else None
+        # A tile of 16 rows computes less for a few queries than the least one of the kernel for many.
+        return Shares(tile, found) if found > 1 or group > 1 or rows <= 16 else None
     # Programs with more queries each fetch their keys faster, where there are enough of them.
     idle = 4 * batch * heads * cdiv(queries, 128) <= device.multiprocessors
     return Shares(tile, found) if idle and found > 1 else None

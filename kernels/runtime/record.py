@@ -100,6 +100,7 @@ class Recorder(_torch.TorchDispatchMode):
         self.constants: dict[str, Any] = {}
         self.kernels: dict[int, Any] = {}
         self.launches: list[str] = []  # the kernels' names
+        self.moved: set[int] = set()  # where views that launchers made begin, unless it is where their tensor does
         self.paused = False
         self.repeatable = all(t is None or t.numel() > 0 for t in tensors)
 
@@ -107,6 +108,12 @@ class Recorder(_torch.TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not self.paused:
             self.repeatable = self.repeatable and not func._schema.is_mutable and _only_metadata(result, args)
+            first = args[0] if args else None
+            views = (
+                isinstance(result, torch.Tensor) and isinstance(first, torch.Tensor) and result.device == self.device
+            )
+            if views and result.data_ptr() != first.data_ptr():
+                self.moved.add(result.data_ptr())
         return result
 
     def allocate(
@@ -211,6 +218,8 @@ class Recorder(_torch.TorchDispatchMode):
         begins = {i: t.data_ptr() for i, t in enumerate(self.tensors) if t is not None}
         address = base.data_ptr()
         found = [i for i, begin in begins.items() if begin == address]
+        if found and address in self.moved:
+            return None  # one of the tensors, or a view into another one that ends where it begins
         if not found:
             found = [i for i, begin in begins.items() if begin < address < begin + _extent(self.tensors[i])]
         if len(found) != 1:
