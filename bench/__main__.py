@@ -11,7 +11,7 @@ COMMANDS = {
     "host": "the CPU's time for one call; no GPU needed",
     "models": "whole models, timed on this machine's GPU; with --plan what they would launch and save, no GPU needed",
     "run": "time everything on this machine's GPU (what no command means)",
-    "tune": "search tiles on this machine's GPU and write the rows of kernels/runtime/tiles.py",
+    "tune": "search tiles on this machine's GPU and print rows for the tables of tiles beside the kernels",
     "picks": "time every way to compute one thing on this machine's GPU beside the one that is picked",
     "report": "tables and plots from a file of results; no GPU needed",
 }

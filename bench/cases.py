@@ -117,7 +117,7 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
                     if direction in directions:
                         label = f"matmul tma{alignment} {direction} {name}"
                         yield Case(label, "_matmul_tma_kernel", dtype, call, dict(matmul=product))
-        for size in (4096, 4100, 4099) if kind == "tf32" else ():  # columns: what 16, 4 and 1 divide
+        for size in (4096, 4100, 4099) if kind == "tf32" else ():  # columns divisible by 16, by 4, and odd
             call = functools.partial(transpose.columns_contiguous, maker(torch.float32)(8192, 4112)[:, :size])
             yield Case(f"transpose to columns {size}", "_transpose_kernel", torch.float32, call, {})
 

@@ -75,7 +75,7 @@ class _Cases:
                     break  # in the other dtypes as well
                 if self._add(name, call, noted):
                     asked.append((name, call, noted))
-        tried: set[Any] = set()  # once each: `_add` drops a tile that it has had, at whatever size
+        tried: set[Any] = set()  # each tile once: _add ignores repeated tiles, whatever the size
         for name, call, noted in asked if self.row.speeds else ():
             asking = {i: kernel(launch) for launch in noted.launches for i in launch.questions}
             for number in sorted(i for i, asks in asking.items() if asks not in self.covered):

@@ -1,10 +1,10 @@
-"""Every way to compute one thing on this machine's GPU, timed beside the way that kernels/runtime/tiles.py picks.
+"""Every way to compute one thing on this machine's GPU, timed beside the way that is picked.
 
     python -m bench picks [--match forward] [--minutes 8] [--out FILE]
 
 Nothing in the picks between kernels is measured yet: this is what they would be fitted to. Of each product and convolution
 it prints how much longer the pick takes than the best way (1.00: it is the best one), and which that would have been;
-at the end the geometric mean, and what follows for the seeds in kernels/runtime/tiles.py:
+at the end the geometric mean, and what follows for the estimates in kernels/matmul/tiles.py and kernels/conv/tiles.py:
 
 - the share of the fastest tile's speed that each tile behind descriptors reaches on large products: the values of
   `_DESCRIPTORS`;

@@ -161,7 +161,7 @@ def _norm_cases() -> Iterator[Case]:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         accumulate = torch.promote_types(dtype, torch.float32)
         whole = {"rows": norm._ROWS[accumulate], "grad": norm._ROWS_GRAD[accumulate]}
-        # The longest of an odd length are worked through in blocks, where even ones have as many warps as there can be.
+        # The longest odd rows take the kernel of blocks, the longest even ones the most warps.
         odd = {what: [1001, max(tile.n for tile in tiles if tile.warps < 16) - 1] for what, tiles in whole.items()}
         sizes = {what: [*(tile.n for tile in tiles), 1000, *odd[what]] for what, tiles in whole.items()}
         drop = dropout.Drop(torch.zeros(2, dtype=torch.int64), 0.1, 1 / 0.9, 16 // dtype.itemsize)
@@ -169,10 +169,10 @@ def _norm_cases() -> Iterator[Case]:
             if drops and not added:
                 continue
             name = ("layer" if center else "rms") + " norm{} {}" + ", added" * added + ", dropped" * (drops is not None)
-            odd_too = drops is None  # rows of odd length are dropped from by another kernel
+            odd_too = drops is None  # with dropout, rows of odd length take another kernel
             for size in [n for n in sizes["rows"] if odd_too or n % 2 == 0] if center or not added or drops else ():
                 forward, _ = _norm_calls(size, dtype, center, added, drops)
-                rows = size % 2 == 0 or size < 8192  # longer ones of odd length take blocks where offsets have 64 bits
+                rows = size % 2 == 0 or size < 8192  # with 64-bit offsets, longer odd rows take the kernel of blocks
                 yield Case(name.format("", size), "_layer_norm_rows_kernel", dtype, forward, {}, can_be_wide=rows)
             for size in [n for n in sizes["grad"] if odd_too or n % 2 == 0] if added else ():
                 _, backward = _norm_calls(size, dtype, center, added, drops)

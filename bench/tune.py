@@ -1,4 +1,4 @@
-"""Search tiles on this machine's GPU, and write the rows of kernels/runtime/tiles.py's tables.
+"""Search tiles on this machine's GPU, and print rows for the tables of tiles, each of which stands beside its kernel.
 
     python -m bench tune [--match 16/] [--minutes 10] [--out FILE]
 
@@ -58,7 +58,7 @@ class Knob:
 _ITEM_SIZE = {"16": 2, "tf32": 4, "ieee": 4, "64": 8}
 _DTYPE = {"16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32, "64": torch.float64}
 
-# The rows, inner length and columns at which each size class is picked (kernels/runtime/tiles.py).
+# The rows, inner length and columns at which each size class is picked (kernels/matmul/tiles.py).
 _PRODUCTS = {
     "large": ((8192, 4096, 4096), (4096, 1024, 8192), (4096, 14336, 4096)),
     "medium": ((1024, 4096, 2048), (2048, 1024, 1024), (12608, 768, 512)),
@@ -155,7 +155,7 @@ def knobs(target: str) -> list[Knob]:
 
 
 def source(knob: Knob, tile: Tile, gain: float, gpu: str) -> str:
-    """The row as it stands in kernels/runtime/tiles.py, with its evidence."""
+    """The row as it stands in the table beside its kernel, with its evidence."""
     fields = [str(tile.m), str(tile.n)]
     if tile.k != 1:
         fields.append(str(tile.k))
@@ -296,7 +296,7 @@ def main(argv: list[str]) -> int:
         if best != knob.shipped:
             rows.setdefault(knob.table, []).append(source(knob, best, gain, gpu))
             print(f"    {rows[knob.table][-1]}", flush=True)
-    print("\nFor kernels/runtime/tiles.py:" if rows else "\nNothing beats what is shipped.")
+    print("\nFor the tables beside the kernels:" if rows else "\nNothing beats what is shipped.")
     for table, lines in rows.items():
         print(f"# {table}\n" + "\n".join(f"    {line}" for line in lines))
     return 0

@@ -1,9 +1,9 @@
-"""torch.nn's layers on Triton kernels, forward and backward: the same classes to a program, only faster on a GPU.
+"""torch.nn's layers on Triton GPU kernels, forward and backward: the same classes to a program.
 
 from fastlayers import nn                # instead of torch.nn: ours where we have it, torch's otherwise
 import fastlayers.functional as F        # instead of torch.nn.functional
 fastlayers.accelerate(model)             # or: change torch.nn's layers in a model, in place; restore(model) undoes it
-fastlayers.accelerate(model, fuse=True)  # and what is found in the forwards of its other modules
+fastlayers.accelerate(model, fuse=True)  # the same, and fuse the modules around the layers
 with fastlayers.patched(): ...           # or: whatever is built and called within, by code that imports torch.nn
 fastlayers.fuse(model)                   # layers that follow one another in any model's forward, run as in a Sequential
 fastlayers.explain(model, x)             # which path did every layer take, and why?

@@ -93,25 +93,26 @@ def accelerate(
         with fastlayers.accelerate(model):  # for a while
             ...
 
-    With `fuse`, also what `fastlayers.fuse` finds in the forwards of the other modules runs on kernels: layers that follow one
-    another, expressions that stand for one operation (an RMSNorm or a GELU that is written out, torch.addmm), and functions of
-    torch.nn.functional. In the model's own forward if that can be read, otherwise in those of its parts. Such a module
-    becomes an instance of a generated subclass of its class, with the same name. Its forward is read anew for each kind
-    of arguments, and runs as it is written where it can't be read, within torch.compile, and while there are hooks for all
-    modules. What no longer is as it was read (a flag, a hook, a child) is read again.
+    With `fuse=True`, modules that contain or surround such layers run fused as well, in place: consecutive layers, an RMSNorm or
+    an activation written out in torch's functions, `torch.addmm`, and functions of torch.nn.functional. The model's own
+    forward is used if it can be analysed, otherwise those of its submodules. A fused module becomes an instance of a
+    generated subclass with the same name. A graph is made for each combination of argument names and of arguments that are
+    None, a bool or a str, and made anew when something that it depends on changes (a flag, a hook, a child). The original
+    forward runs where no graph can be made, under torch.compile, and while hooks for all modules are registered.
 
     Args:
         model: any module, with the layers somewhere in it.
         include: only these modules and what is in them: patterns for paths ("encoder", "*.head"), classes, or functions
             of path and module; one or several. All by default.
         exclude: not these, nor what is in them.
-        fuse: join what follows one another, too.
+        fuse: also fuse the modules around the layers, as described above.
     Returns:
         The report, a row for every layer.
     Raises:
         TypeError: for a model that is no module, or a choice that is none.
         ValueError: for a pattern that no path matches. In both cases nothing was changed.
-        RuntimeError: from a later call of a fused module: a module in it has changed what its forward then reads.
+        RuntimeError: when a fused module is called, if one of its submodules changes, during that call, something that the
+            forward reads afterwards.
     """
     paths = _paths(model)
     within = None if include is None else _chosen(paths, include)

@@ -9,13 +9,14 @@ of a sliding window.
     AttentionMaskInterface.register("fastlayers", AttentionMaskInterface()["sdpa"])
     model.set_attn_implementation("fastlayers")  # and back: "sdpa"
 
-Rotary embedding is a function of each of its model files, which its attention layers call by name.
+Rotary embedding: each of transformers' model files has its own function for it, which the attention layers call by name.
+`replace_rotary` replaces that function.
 
     handle = fastlayers.integrations.replace_rotary(model)  # and back: handle.remove()
 
-torch. Its scaled_dot_product_attention, wherever a program calls it, runs on ours where torch chooses flash attention: float16 or
-bfloat16, no mask, is_causal with as many queries as keys. Unlike `fastlayers.patched` this holds for torch's own function, and
-for what it was compiled into.
+torch's registry of flash attention: `scaled_dot_product_attention` runs on our kernels wherever torch chooses flash attention
+(float16 or bfloat16, no mask; is_causal with as many queries as keys). Unlike `fastlayers.patched` this replaces the
+operators underneath, so that it also holds for code that was compiled before.
 
     fastlayers.integrations.register_flash_attention_impl()
     torch.nn.attention.activate_flash_attention_impl("fastlayers")
@@ -107,8 +108,8 @@ def _biased(
 
 
 def register_flash_attention_impl() -> None:
-    """Offer our kernels to torch.nn.attention under the name "fastlayers", as an implementation of flash attention. They run once
-    somebody activates it, and until somebody restores torch's.
+    """Register our kernels with torch.nn.attention as the flash attention implementation "fastlayers". They are used from
+    `activate_flash_attention_impl("fastlayers")` until `restore_flash_attention_impl()`.
 
     Then torch's operators _scaled_dot_product_flash_attention and its backward are ours on CUDA. Nested tensors and varlen_attn
     have operators of their own, which stay torch's. Dropout chooses other weights than torch. Not run on a GPU yet.
@@ -232,12 +233,12 @@ def replace_rotary(model: torch.nn.Module) -> Replaced:
             train(model)
         print(replaced.names)  # transformers.models.llama.modeling_llama.apply_rotary_pos_emb
 
-    Whether it computes that, and for which pairs of features, is seen from what it gives for small random tensors. Calls with
-    other arguments than q, k, cos, sin and unsqueeze_dim go to the function that was there. Other models of the same file call
-    ours as well. Tried with transformers 5.24 without the `kernels` package.
+    A function is recognised by its results for small random tensors, which also show which features it pairs. Calls with other
+    arguments than q, k, cos, sin and unsqueeze_dim go to the original function. Models of the same file share the function,
+    so they change too. Tried with transformers 5.24 without the `kernels` package.
 
     Returns:
-        What was replaced. Without any such function, nothing was.
+        a handle with the `names` of the replaced functions, empty if none was found, and `remove()`.
     """
     found: list[tuple[dict[str, Any], str, Any, Any]] = []
     for cls in dict.fromkeys([type(module) for module in model.modules()]):

@@ -438,7 +438,7 @@ def layer_norm_grad(
     """
     drops, dropped = drop or (None, None)
     if dx is None:
-        dx = dropped  # which is made of it
+        dx = dropped  # needed all the same: dropped's gradient is computed from dx
     results = [gradient for gradient in (dx, dw, db) if gradient is not None]
     if dy is None or dy.numel() == 0:
         for gradient in results:

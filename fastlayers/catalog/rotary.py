@@ -16,7 +16,7 @@ class Rotary(torch.nn.Module):
     def __init__(self, nn: Any, length: int, turned: int, interleaved: bool = False):
         super().__init__()
         self.interleaved, self.joined = interleaved, nn is not torch.nn
-        angles = 0.37 * torch.arange(length * turned).view(length, turned)  # each another one
+        angles = 0.37 * torch.arange(length * turned).view(length, turned)  # all different
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 

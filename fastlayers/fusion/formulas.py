@@ -86,8 +86,8 @@ _ACTIVATIONS: dict[Any, tuple[Any, dict[str, Any]]] = {
     (_X * _curve("relu6", _X + _number(3)) * _number(1 / 6)).key: (functional.hardswish, {}),
 }
 """Our function and its arguments for what it computes."""
-_FACTORS = 24
-"""Nodes that the expression of an activation has at most."""
+_MOST_NODES = 24
+"""The most nodes an activation's expression may have."""
 
 
 def _polynomial(node: Any, x: fx.Node, seen: dict[fx.Node, None]) -> Polynomial | None:
@@ -97,7 +97,7 @@ def _polynomial(node: Any, x: fx.Node, seen: dict[fx.Node, None]) -> Polynomial 
     if type(node) in (int, float):
         return _number(float(node))
     name = _name(node)
-    if name is None or node.kwargs or len(seen) > _FACTORS:
+    if name is None or node.kwargs or len(seen) > _MOST_NODES:
         return None
     seen[node] = None
     if name == "pow" and len(node.args) == 2 and node.args[1] in (2, 3):
@@ -120,7 +120,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes that an expression which ends here may be one of."""
     found: dict[fx.Node, None] = {}
     waiting = [*node.all_input_nodes]
-    while waiting and len(found) <= _FACTORS:
+    while waiting and len(found) <= _MOST_NODES:
         one = waiting.pop()
         if one not in found:
             found[one] = None

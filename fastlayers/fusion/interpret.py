@@ -86,7 +86,7 @@ class Interpreter(Objects):
     def __init__(self, model: nn.Module, training: bool, inplace: Any):
         self.model, self.training, self._inplace = model, training, inplace
         self.graph, self.looked = fx.Graph(), Looked()
-        self.graph.erase_node(self.graph.placeholder("self"))  # no node gets a name that the graph's code uses
+        self.graph.erase_node(self.graph.placeholder("self"))  # reserves the name "self", which the generated code uses
         self.paths = {id(m): path for path, m in model.named_modules()}
         self.left: list[Left] = []
         self.steps = self._depth = 0

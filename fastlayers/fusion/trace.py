@@ -43,14 +43,14 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     What a model writes out is found, too: RMSNorm, GELU and other activations as expressions, and torch.addmm with a bias.
 
     The forward of the model, and of the modules in it that aren't torch's or ours, is read and not run, so that nothing of
-    the model or of the process changes meanwhile. What it does must be known to be traced rightly: calls of modules, of
-    torch's functions on tensors, of Python's and of the model's own functions, that decide by what is known before a call. A
-    module that does anything else (it keeps something, switches grad mode, decides by data) is called as it stands, and if it
-    contains others, a warning says on which line. Flags, numbers and functions that a forward reads are looked at again at
-    every call, and the model is traced anew where one has changed.
+    the model or of the process changes meanwhile. Only what is known to be traced correctly becomes part of the graph: calls
+    of modules, of torch's functions on tensors, of Python's and of the model's own functions, with decisions that don't
+    depend on tensors' values. A module that does anything else (stores something, switches grad mode, branches on data) is
+    called unchanged; if it contains other modules, a warning names the line. Flags, numbers and functions that a forward
+    reads are looked at again at every call, and the model is traced anew where one has changed.
 
-    Torch's modules and ours, and those that have a hook, are called as ever. Arguments that are None, a bool or a word by default
-    will be that. A pickled copy of the result is what the model was then.
+    Modules of torch and fastlayers, and modules with hooks, are called as usual. Arguments whose default is None, a bool or a
+    str are fixed to that default. A pickled copy keeps the state at the time of pickling.
 
     Shape, Dtype: any that the model takes.
     Raises:
@@ -58,8 +58,8 @@ def fuse(model: nn.Module) -> fx.GraphModule:
         TypeError: no module.
         ValueError: one whose forward was replaced on the instance. From a call of the result: an argument differs from the
             default that it was fused for, or is None where it wasn't.
-        RuntimeError: from a call: a module in it has changed what a forward then reads; of a pickled copy: a flag or a number
-            isn't what it was.
+        RuntimeError: when a fused module is called, if one of its submodules changes, during that call, something that the
+            forward reads afterwards; when a pickled copy is called, if a flag or a number isn't what it was.
     Source: https://docs.pytorch.org/docs/stable/fx.html
     """
     if not isinstance(model, nn.Module):

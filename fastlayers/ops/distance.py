@@ -111,7 +111,7 @@ def cosine_similarity(x1: torch.Tensor, x2: torch.Tensor, dim: int = 1, eps: flo
     Shape: x1 and x2 broadcast to one shape, any strides; the result is that without `dim`, contiguous.
     Dtype: float16, bfloat16, float32, float64, promoted as torch does; others are torch's. Computed in float32 (float64).
         As in torch, eps is rounded to the dtype of each tensor: in float16 the default is 0, so that a vector of zeros gives
-        NaN. Where squares add up to infinity, torch gives 0, and this 0 or NaN. Under autocast, as torch.
+        NaN. Where the squares of a vector overflow, torch gives 0, and this function 0 or NaN. Under autocast, as torch.
     Runs on Triton when: both tensors are plain ones on one GPU (or Triton interprets).
     Raises: what torch raises.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cosine_similarity.html

@@ -171,7 +171,7 @@ class GatedMlp(Operation):
 
 class PackedGatedMlp(GatedMlp):
     """The same with gate and up in one weight (2 N, K) and one bias (2 N,), of which they are views. Their gradient is one tensor
-    as well, which is written half by half. Launches aren't replayed: a recording knows tensors by where they begin."""
+    as well, written half by half."""
 
     tensors = ("input", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
 

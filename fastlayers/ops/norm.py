@@ -148,7 +148,7 @@ class RMSNorm(Operation):
 class RMSNormExpression(RMSNorm):
     """RMSNorm as models write it out of torch's functions, whose result is rounded more than once: here it is once."""
 
-    autocast = None  # which leaves such an expression as it is
+    autocast = None  # autocast doesn't change the dtypes of such an expression
 
     class Options(NamedTuple):  # pyright: ignore[reportIncompatibleVariableOverride]
         shape: tuple[int, ...]

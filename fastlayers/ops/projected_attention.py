@@ -148,7 +148,8 @@ class ProjectedAttention(Operation):
         q, k, v = _three(saved.query, saved.key, saved.value, heads, batch, held)
         gradients = _three(grads.query, grads.key, grads.value, heads, batch, held)
         output, dy_ = saved.output, dy.output
-        if dy_ is None:  # then the values, on which the weights don't depend, may still be part of what has a gradient
+        # Only the weights have a gradient; they don't depend on the values, whose gradient is zero.
+        if dy_ is None:
             dy_ = torch.zeros_like(output)
             if gradients[2] is not None:
                 gradients[2].zero_()
@@ -160,7 +161,7 @@ class ProjectedAttention(Operation):
         )  # fmt: skip
 
     def differentiate(self, dy: Named, saved: Named, like: Any, options: Options, needs: Needs) -> Tensors:
-        # torch can't be told what dropout chose: it is the formula.
+        # Written out: torch's function can't be given our dropout mask.
         some = dy.output if dy.weights is None else dy.weights
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad(), torch.autocast(some.device.type, enabled=False):

@@ -111,13 +111,14 @@ def rotary_embedding(
 
     where rotate_half makes (-b, a) of each pair (a, b). Computed in float32 and rounded once, where that expression rounds three
     times in 16 bits. The gradient turns back. Where cos or sin have fewer features than query and key, R < D, the first R are
-    turned and the others copied. The derivatives at cos and sin are torch's.
+    turned and the others copied. The gradients of cos and sin, where they are required,
+    are computed by torch's functions.
 
     Shape: query (B, H, L, D), key (B, G, L, D), any strides: the view (B, H, L, D) of a projection (B, L, H * D) isn't copied.
         cos and sin (L, R), (1, L, R) or (B, L, R), a number for each turned feature, R even and at most D. The results have
         query's and key's shapes and order in memory. Other shapes are broadcast by torch's functions.
-    Dtype: float16, bfloat16, float32, float64, the same for query, key and the results, whatever cos's and sin's; those are
-        float32 or query's. Computed in float32 (float64).
+    Dtype: query, key and the results alike float16, bfloat16, float32 or float64; cos and sin float32 or query's dtype.
+        Computed in float32 (float64 for float64).
     Runs on Triton when: all tensors are plain ones on one GPU (or Triton interprets), D is at most 1024, and cos and sin don't
         require grad.
     Raises: what torch's functions raise.

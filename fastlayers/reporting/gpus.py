@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class GPU:
-    """Peaks as the vendor gives them, without sparsity: TFLOP/s by kind of arithmetic (as in kernels/runtime/tiles.py: "16",
+    """Peaks as the vendor gives them, without sparsity: TFLOP/s by kind of arithmetic (as in kernels/matmul/tiles.py: "16",
     "tf32", "ieee", "64"; the faster of vector and matrix units where both can), and TB/s of device memory."""
 
     target: str

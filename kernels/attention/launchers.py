@@ -157,7 +157,7 @@ def attention(
     """
     q, k, v = map(_near, (q, k, v))
     call = _prepare(q, k, v, mask, causal=causal, dropout=dropout, scale=scale, precision=precision)
-    if not causal and dropout == 0:  # of few queries, the last one attends to few keys with `causal`
+    if not causal and dropout == 0:  # with causal and few queries, no query attends to many keys
         (b, h, l, _), (_, _, s, _) = q.shape, k.shape
         features, device = max(call.meta["TILE_D"], call.meta["TILE_V"]), tiles.device(q.device)
         picked = picks.shares(b, h, call.sizes[-1], l, s, q.dtype, features, device)

@@ -31,7 +31,7 @@ def attention_shares_kernel(
     that may attend to none of the keys."""
     scale = (scale + tl.full((), 0.0, tl.float64)).to(
         ACC
-    )  # a Python number in the interpreter, which a cast took for float32
+    )  # The interpreter passes a Python number, which a plain cast would turn into float32.
     tiles = tl.cdiv(GROUP * L, TILE_M)
     pid = tl.program_id(0)
     pid_m, share, bh_k = pid % tiles, pid // tiles % SHARES, pid // tiles // SHARES
@@ -44,7 +44,7 @@ def attention_shares_kernel(
     mask = mask_ptr
     if mask_ptr is not None:
         mask = mask_ptr + (tl.cast(b, tl.int64) * mask_b + tl.cast(h, tl.int64) * mask_h)
-        if not OF_KEYS:  # rows outside read the first one's mask
+        if not OF_KEYS:  # rows out of range read the first row's mask
             mask = mask + tl.where(inside, _offsets(row, L, mask_h, mask_m), 0)[:, None]
     begin = share * SHARE
     end = min(S, begin + SHARE)

@@ -370,7 +370,8 @@ def matmul(
         return out
     (tile, turn), splits = turned.fit(plan.tile, turn and not plan.descriptors), plan.splits
     if operand_sums is not None and plan.descriptors and plan.precision == "tf32" and (a.stride(1) == 1 or plan.copied):
-        # Else threads would sum rows in buffers that the product reads: see _sum_products. Transposed, both read registers.
+        # A kernel of its own: summing here would read the shared-memory buffers that the product reads (see _sum_products).
+        # Where a is transposed in the loop, both read registers.
         activation_grad(a.T[None], None, None, None, operand_sums)
         operand_sums = None
     a, b = (columns_contiguous(a.T).T, columns_contiguous(b)) if plan.copied else (a, b)

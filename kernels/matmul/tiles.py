@@ -157,7 +157,8 @@ _SPECIALIZED = Tile(128, 256, 64, warps=4, stages=3)
 
 @dataclass(frozen=True)
 class _Clock:
-    """What a GPU does in one cycle of its multiprocessors, according to data sheets. Not measured."""
+    """What the estimate assumes that a GPU does in one cycle of its multiprocessors. Not measured. `flops` is by data sheets, and
+    the bytes are seeds: by its data sheet an H100 has 1,830 from memory, an H200 2,620."""
 
     flops: float
     """FLOPs of one multiprocessor in 16-bit matrix products"""
