@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,14 +62,13 @@ class WordModel(nn.Module):
 
 @dataclass(frozen=True)
 class Model:
-    """`shape`: the input's. `classes`: how many, or words. `traced`: `fastlayers.fuse` takes it whole."""
+    """`shape`: the input's. `classes`: how many, or words."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     classes: int
     package: str | None = None
     words: bool = False
-    traced: bool = True
 
     def whole(self, device: torch.device | str) -> Whole:
         with torch.device(device):
@@ -124,15 +122,15 @@ MODELS: dict[str, Model] = {
     "ConvNeXt-T": Model(functools.partial(_timm, "convnext_tiny"), _IMAGES, 1000, "timm"),
     "ViT-B": Model(functools.partial(_timm, "vit_base_patch16_224"), _IMAGES, 1000, "timm"),
     "BERT-base": Model(
-        _of_transformers("BertForMaskedLM", "BertConfig"), (16, 512), 30_522, "transformers", words=True, traced=False
+        _of_transformers("BertForMaskedLM", "BertConfig"), (16, 512), 30_522, "transformers", words=True
     ),
     "GPT-2": Model(
         _of_transformers("GPT2LMHeadModel", "GPT2Config", loss_type="ForCausalLM"),
-        (8, 1024), 50_257, "transformers", words=True, traced=False,
+        (8, 1024), 50_257, "transformers", words=True,
     ),
     "Llama 1B": Model(
         _of_transformers("LlamaForCausalLM", "LlamaConfig", **_LLAMA),
-        (4, 1024), 128_256, "transformers", words=True, traced=False,
+        (4, 1024), 128_256, "transformers", words=True,
     ),
 }  # fmt: skip
 
@@ -167,24 +165,15 @@ class Way:
             yield
 
 
-def accelerated(whole: Whole) -> Whole:
+def accelerated(whole: Whole, fuse: bool = False) -> Whole:
     """Our layers, and our attention where the model is one of transformers."""
-    fastlayers.accelerate(whole)
+    fastlayers.accelerate(whole, fuse=fuse)
     if hasattr(whole.model, "set_attn_implementation"):
         transformers = package("transformers")
         masks = transformers.AttentionMaskInterface
         transformers.AttentionInterface.register("fastlayers", fastlayers.integrations.attention_forward)
         masks.register("fastlayers", masks()["sdpa"])
         whole.model.set_attn_implementation("fastlayers")
-    return whole
-
-
-def fused(whole: Whole) -> Whole:
-    """What `fastlayers.fuse` finds in the accelerated model besides."""
-    accelerated(whole)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it finds little, or nothing, is what the rows say
-        whole.model = fastlayers.fuse(whole.model)
     return whole
 
 
@@ -205,7 +194,7 @@ def _liger() -> Iterator[None]:
 WAYS: dict[str, Way] = {
     "eager": Way("torch", planned=True),
     "accelerate": Way("ours", accelerated, planned=True),
-    "fuse": Way("ours", fused, takes=lambda name, model: model.traced, planned=True),
+    "fuse": Way("ours", functools.partial(accelerated, fuse=True), planned=True),
     "patched": Way("ours", accelerated, planned=True, around=fastlayers.patched),
     "Liger": Way("other", around=_liger, takes=lambda name, model: name == "Llama 1B", package="liger_kernel"),
     "compile": Way("torch", _compiled, tier=1),
