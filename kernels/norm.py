@@ -482,7 +482,9 @@ def layer_norm_grad(
         None if gradient is None else launch.empty((programs, size), dtype=accumulate, device=dy.device)
         for gradient in (dw, db)
     ]
-    drawn = drops if drops is not None and _draws(drops, dropped, size, tile) else None
+    # The longest rows in float32 leave no registers for what is drawn.
+    room = tile.n <= 4096 or dy.dtype != torch.float32
+    drawn = drops if drops is not None and room and _draws(drops, dropped, size, tile) else None
     launch.launch(
         _layer_norm_grad_kernel, programs * tiles_n,
         dy_rows, dtotal_rows, x_rows, weight, mean, rstd, means, None if drawn and dx is dropped else dx, *partials,

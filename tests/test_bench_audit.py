@@ -205,7 +205,7 @@ def test_operands_that_threads_read_too() -> None:
 ROW: dict[str, Any] = {
     "kernel": "matmul", "target": "sm_90", "registers": 170, "spills": 0, "stack": 0, "shared": 147456,
     "matrix": {"HGMMA.64x256x16.F32.BF16": 8}, "tma": 0, "async": {"128": 24}, "loads": {"32": 8}, "stores": {"128": 16},
-    "loop": {"matrix": 4, "integer": 96}, "pass": None,
+    "loop": {"matrix": 4, "integer": 96},
 }  # fmt: skip
 
 

@@ -78,6 +78,7 @@ BOX_ARCHITECTURES = ("sm_90", "sm_100")
 # Plain ones, where the compiler of a GPU needs more registers.
 _SMALLER = {
     ("sm_100", "attention_dkdv", 128): Tile(32, 64, warps=8, stages=2),
+    ("sm_100", "attention_weights", 64): Tile(64, 32, warps=8, stages=2),
     ("gfx942", "attention_dq", 128): Tile(64, 32, warps=4, stages=1),
 }
 
