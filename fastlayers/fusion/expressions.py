@@ -84,6 +84,8 @@ class Expressions:
     def is_true(self, node: ast.AST, value: Any) -> bool:
         value = self.known(node, value)
         if is_known(value) or callable(value):
+            if isinstance(value, nn.Module):
+                self.interpreter.identified(value)
             if isinstance(value, nn.ModuleList | nn.ModuleDict | nn.Sequential | nn.ParameterList | nn.ParameterDict):
                 self.interpreter.looked.children(value)
             elif isinstance(value, nn.Module) and any([hasattr(type(value), n) for n in ("__len__", "__bool__")]):

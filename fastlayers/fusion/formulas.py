@@ -223,7 +223,7 @@ def _scaled(nodes: list[fx.Node], x: fx.Node, last: fx.Node, how: tuple[Any, ...
         converts = dtype is x or dtype in (torch.float16, torch.bfloat16)
         if converts and not cast and user.args[0] is last:  # type: ignore[union-attr]
             cast, to = "before" if weight is None else "after", None if dtype is x else dtype
-        elif other is not None and weight is None and cast != "after":
+        elif other is not None and other not in nodes and weight is None and cast != "after":
             weight = other
         else:
             break
@@ -237,7 +237,7 @@ def _scaled(nodes: list[fx.Node], x: fx.Node, last: fx.Node, how: tuple[Any, ...
 
 def product_with_bias(bias: torch.Tensor, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """torch.addmm(bias, input, weight), as a Linear whose weight is transposed."""
-    if bias.dim() == 1 and weight.dim() == 2 and bias.shape[0] == weight.shape[1]:
+    if input.dim() == 2 and bias.dim() == 1 and weight.dim() == 2 and bias.shape[0] == weight.shape[1]:
         return functional.linear(input, weight.t(), bias)
     return torch.addmm(bias, input, weight)
 

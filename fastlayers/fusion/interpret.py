@@ -89,6 +89,7 @@ class Interpreter(Objects):
         self.graph.erase_node(self.graph.placeholder("self"))  # no node gets a name that the graph's code uses
         self.paths = {id(m): path for path, m in model.named_modules()}
         self.left: list[Left] = []
+        self.read = []
         self.steps = self._depth = 0
         self._own: dict[int, Any] = {}
         """Lists, dictionaries and sets that the forward itself has made."""
@@ -115,7 +116,7 @@ class Interpreter(Objects):
         """
         frame = self._begin()
         inputs = [self._input(f"argument_{i}") if v is given else v for i, v in enumerate(args)]
-        named = {name: self._input(f"{name}_") if v is given else v for name, v in kwargs.items()}
+        named = {n: self._input(f"keyword_{i}") if v is given else v for i, (n, v) in enumerate(kwargs.items())}
         if self._is_sequence(self.model):
             if len(inputs) != 1 or named:
                 raise frame.refuse(_NOWHERE, "takes one argument")
