@@ -100,7 +100,18 @@ class True_(Reads):
 class Extra(Reads):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.fc(x))
-        return y + self.extra if hasattr(self, "extra") else y
+        return y + 1 if hasattr(self, "extra") else y
+
+
+class Equal(Reads):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.fc(x))
+        return y if self.act == None else self.act(y)  # noqa: E711
+
+
+class Default(Reads):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(self, "act", self.fc)(F.relu(self.fc(x)))
 
 
 class Plus(nn.Module):
@@ -130,6 +141,9 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a layer that becomes empty": (lambda: True_(act=nn.Sequential(nn.Tanh())), lambda m: m.act.__delitem__(0)),
     "a layer of another truth": (lambda: True_(act=nn.Tanh()), _set("act", nn.Sequential())),
     "a parameter that goes": (lambda: Extra(extra=_parameter()), lambda m: delattr(m, "extra")),
+    "a child that goes": (lambda: Extra(extra=nn.Tanh()), lambda m: delattr(m, "extra")),
+    "a layer that compares": (lambda: Equal(act=nn.Tanh()), _set("act", None)),
+    "a layer by default": (lambda: Default(act=nn.Tanh()), lambda m: delattr(m, "act")),
     "a parametrized one": (
         lambda: Bias(b=_parameter()),
         lambda m: parametrize.register_parametrization(m, "b", Plus()),

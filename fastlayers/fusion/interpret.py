@@ -44,19 +44,8 @@ from .values import (
 )
 
 _EDITS = {
-    "append",
-    "clear",
-    "extend",
-    "insert",
-    "pop",
-    "popitem",
-    "reverse",
-    "setdefault",
-    "update",
-    "add",
-    "discard",
-    "remove",
-}
+    "append", "clear", "extend", "insert", "pop", "popitem", "reverse", "setdefault", "update", "add", "discard", "remove",
+}  # fmt: skip
 """Methods of lists, dictionaries and sets that write into them."""
 _READS = {"copy", "count", "get", "index", "items", "keys", "values"}
 _COMPARING = {"add", "count", "discard", "index", "remove"}
@@ -384,6 +373,8 @@ class Interpreter(Objects):
             return isinstance(first, rest[0])
         if function is callable:
             return isinstance(first, Method | MethodOf) or callable(first)
+        if isinstance(first, nn.Module) and rest[0] in first._modules:
+            self.looked.where(first, rest[0])
         if function is hasattr:
             none = object()
             return self.attribute(frame, node, first, rest[0], none) is not none

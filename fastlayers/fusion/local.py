@@ -99,7 +99,7 @@ def class_after(cls: type[nn.Module]) -> type[nn.Module]:
             return cls.forward(self, *args, **kwargs)
         graphs: Any = self.__dict__.get(_GRAPHS)  # a module that was made from the generated class has none
         graph = None if graphs is None else graphs.of(self, args, kwargs)
-        if graph is None:
+        if graphs is None or graph is None:
             return cls.forward(self, *args, **kwargs)
         inputs = [v for v in (*args, *kwargs.values()) if type(v) not in _CONSTANT]
         graph.__dict__["training"] = self.training

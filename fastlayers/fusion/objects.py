@@ -61,11 +61,11 @@ class Objects:
             parent, _, name = path.rpartition(".")
             self.looked.attribute(self.model.get_submodule(parent), name)
 
-    def identified(self, module: nn.Module) -> None:
-        """Look at a module itself wherever it was read: something is decided by which one it is."""
+    def decides(self, module: nn.Module, by_identity: bool) -> None:
+        """Look at the places where a module was read: something is decided by which one it is, or by that there is one."""
         for owner, name in self.read:
             if owner._modules[name] is module:
-                self.looked.attribute(owner, name)
+                (self.looked.attribute if by_identity else self.looked.where)(owner, name)
 
     def tensor(self, frame: Expressions, node: ast.AST, module: nn.Module, name: str) -> fx.Node:
         """A parameter, buffer or other tensor of a module's, as a node: it is read at every call."""
@@ -73,9 +73,9 @@ class Objects:
         return self.graph.get_attr(f"{path}.{name}" if path else name)
 
     def child(self, frame: Expressions, node: ast.AST, module: nn.Module, name: str) -> Any:
-        self.looked.where(module, name)
         child = module._modules[name]
         if child is None:
+            self.looked.where(module, name)
             return None
         self.read.append((module, name))
         path = self.path(frame, node, module)
@@ -263,7 +263,7 @@ class Objects:
                 if isinstance(value, Method | MethodOf | Parent | Text):
                     raise frame.refuse(node, "asks whether two methods are the same")
                 if isinstance(value, nn.Module):
-                    self.identified(value)
+                    self.decides(value, left is not None and right is not None)
             return left is right
         for one, other in ((left, right), (right, left)):
             if isinstance(one, fx.Node) and other is None and self.is_something(one):
