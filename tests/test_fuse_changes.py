@@ -309,6 +309,17 @@ class Variance(nn.Module):
         return F.relu(x * torch.rsqrt(v + 1e-6) * v)
 
 
+class Sigmoid(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+
+def test_an_activation_of_integers() -> None:
+    model, x = _fused(Sigmoid()), torch.randint(-5, 5, (3, 4))
+    assert "_fused_graphs" in vars(model)
+    torch.testing.assert_close(model(x), x * torch.sigmoid(x))
+
+
 class Product(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -86,6 +86,7 @@ _ACTIVATIONS: dict[Any, tuple[Any, dict[str, Any]]] = {
     (_X * _curve("relu6", _X + _number(3)) * _number(1 / 6)).key: (functional.hardswish, {}),
 }
 """Our function and its arguments for what it computes."""
+_FUNCTIONS = {function for function, _ in _ACTIVATIONS.values()}
 _FACTORS = 24
 """Nodes that the expression of an activation has at most."""
 
@@ -138,6 +139,21 @@ def _activation(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dic
             function, kwargs = _ACTIVATIONS[found.key]
             return [*seen], function, (x,), kwargs
     return None
+
+
+def activation_expression(input: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
+    """Our function of this name. Of integers it is what the expression gives, a result in the default dtype: torch's functions
+    refuse them."""
+    if not (input.is_floating_point() or input.is_complex()):
+        input = input.to(torch.get_default_dtype())
+    return getattr(functional, name)(input, **kwargs)
+
+
+def take_integers(graph: fx.Graph) -> None:
+    """Have the activations that were written out, and run alone, take integers as well."""
+    for node in graph.nodes:
+        if node.meta.pop("is_expression", False):
+            node.args, node.target = (*node.args, node.target.__name__), activation_expression
 
 
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------------
@@ -269,6 +285,7 @@ def replace(finder: Finder) -> int:
         with finder.graph.inserting_before(last):
             call = finder.graph.call_function(function, args, kwargs)
             call.meta["is_wrapped"] = True
+            call.meta["is_expression"] = function in _FUNCTIONS
         last.replace_all_uses_with(call)
         for node in sorted(nodes, key=finder.order.__getitem__, reverse=True):
             finder.graph.erase_node(node)

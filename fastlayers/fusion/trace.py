@@ -145,6 +145,7 @@ def _join(model: nn.Module, graph: fx.Graph, functions: bool = False) -> int:
         finder.replace(row)
     for gate in gates:
         gated_mlp.replace(graph, gate, finder.order)
+    formulas.take_integers(graph)
     count += len(rows) + len(gates)
     return count + formulas.replace_functions(graph) if functions else count
 
