@@ -335,3 +335,21 @@ TRACED = [
     keeps_what_it_makes, drops_out, drops_out_by_a_number, decides_by_training, decides_by_numbers, draws_noise, calls_itself,
     gives_a_pair, unpacks, compares, reads_modules, edits_in_place, formats_text,
 ]  # fmt: skip
+
+
+class Asserts(torch.nn.Module):
+    """Here, since pytest rewrites the asserts of its own files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 2, f"no third: {x.shape[2]}"
+        return F.relu(self.fc(x))
+
+
+class AssertsShape(Asserts):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 2, f"two, not {x.dim()} of {x.shape}"
+        return F.relu(self.fc(x))

@@ -207,10 +207,22 @@ def one_tensor(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.T
     return q + k
 
 
+def writes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    """Its caller may use q and k afterwards."""
+    for x, y in zip((q, k), pairs_in_a_row(q, k, cos, sin), strict=True):
+        x.copy_(y)
+    return q, k
+
+
 class Attention(torch.nn.Module):
     def forward(self, q: Any, k: Any, cos: Any, sin: Any, dim: int = 1) -> Any:
         if dim == 0:  # none of which is ours
-            return turned_back(q, k, cos, sin), fails(q, k, cos, sin), one_tensor(q, k, cos, sin)
+            return (
+                turned_back(q, k, cos, sin),
+                fails(q, k, cos, sin),
+                one_tensor(q, k, cos, sin),
+                writes(q, k, cos, sin),
+            )
         return pairs_in_a_row(q, k, cos, sin, unsqueeze_dim=dim)
 
 

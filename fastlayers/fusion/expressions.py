@@ -84,6 +84,8 @@ class Expressions:
     def is_true(self, node: ast.AST, value: Any) -> bool:
         value = self.known(node, value)
         if is_known(value) or callable(value):
+            if isinstance(value, nn.Module):
+                self.interpreter.decides(value, True)
             if isinstance(value, nn.ModuleList | nn.ModuleDict | nn.Sequential | nn.ParameterList | nn.ParameterDict):
                 self.interpreter.looked.children(value)
             elif isinstance(value, nn.Module) and any([hasattr(type(value), n) for n in ("__len__", "__bool__")]):
@@ -243,6 +245,8 @@ class Expressions:
         if has_node(left) or has_node(right):
             raise self.refuse(node, "compares what is only known at a call")
         for value in (left, right):
+            if isinstance(value, nn.Module):
+                self.interpreter.decides(value, True)
             if (
                 not (is_known(value) or isinstance(value, torch.dtype | torch.device | type | enum.Enum))
                 and type(value).__eq__ is not object.__eq__

@@ -86,6 +86,7 @@ _ACTIVATIONS: dict[Any, tuple[Any, dict[str, Any]]] = {
     (_X * _curve("relu6", _X + _number(3)) * _number(1 / 6)).key: (functional.hardswish, {}),
 }
 """Our function and its arguments for what it computes."""
+_FUNCTIONS = {function for function, _ in _ACTIVATIONS.values()}
 _MOST_NODES = 24
 """The most nodes an activation's expression may have."""
 
@@ -138,6 +139,21 @@ def _activation(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dic
             function, kwargs = _ACTIVATIONS[found.key]
             return [*seen], function, (x,), kwargs
     return None
+
+
+def activation_expression(input: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
+    """Our function of this name. Of integers it is what the expression gives, a result in the default dtype: torch's functions
+    refuse them."""
+    if not (input.is_floating_point() or input.is_complex()):
+        input = input.to(torch.get_default_dtype())
+    return getattr(functional, name)(input, **kwargs)
+
+
+def take_integers(graph: fx.Graph) -> None:
+    """Have the activations that were written out, and run alone, take integers as well."""
+    for node in graph.nodes:
+        if node.meta.pop("is_expression", False):
+            node.args, node.target = (*node.args, node.target.__name__), activation_expression
 
 
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------------
@@ -223,7 +239,7 @@ def _scaled(nodes: list[fx.Node], x: fx.Node, last: fx.Node, how: tuple[Any, ...
         converts = dtype is x or dtype in (torch.float16, torch.bfloat16)
         if converts and not cast and user.args[0] is last:  # type: ignore[union-attr]
             cast, to = "before" if weight is None else "after", None if dtype is x else dtype
-        elif other is not None and weight is None and cast != "after":
+        elif other is not None and other not in nodes and weight is None and cast != "after":
             weight = other
         else:
             break
@@ -237,7 +253,7 @@ def _scaled(nodes: list[fx.Node], x: fx.Node, last: fx.Node, how: tuple[Any, ...
 
 def product_with_bias(bias: torch.Tensor, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """torch.addmm(bias, input, weight), as a Linear whose weight is transposed."""
-    if bias.dim() == 1 and weight.dim() == 2 and bias.shape[0] == weight.shape[1]:
+    if input.dim() == 2 and bias.dim() == 1 and weight.dim() == 2 and bias.shape[0] == weight.shape[1]:
         return functional.linear(input, weight.t(), bias)
     return torch.addmm(bias, input, weight)
 
@@ -269,6 +285,7 @@ def replace(finder: Finder) -> int:
         with finder.graph.inserting_before(last):
             call = finder.graph.call_function(function, args, kwargs)
             call.meta["is_wrapped"] = True
+            call.meta["is_expression"] = function in _FUNCTIONS
         last.replace_all_uses_with(call)
         for node in sorted(nodes, key=finder.order.__getitem__, reverse=True):
             finder.graph.erase_node(node)

@@ -44,19 +44,8 @@ from .values import (
 )
 
 _EDITS = {
-    "append",
-    "clear",
-    "extend",
-    "insert",
-    "pop",
-    "popitem",
-    "reverse",
-    "setdefault",
-    "update",
-    "add",
-    "discard",
-    "remove",
-}
+    "append", "clear", "extend", "insert", "pop", "popitem", "reverse", "setdefault", "update", "add", "discard", "remove",
+}  # fmt: skip
 """Methods of lists, dictionaries and sets that write into them."""
 _READS = {"copy", "count", "get", "index", "items", "keys", "values"}
 _COMPARING = {"add", "count", "discard", "index", "remove"}
@@ -89,6 +78,7 @@ class Interpreter(Objects):
         self.graph.erase_node(self.graph.placeholder("self"))  # reserves the name "self", which the generated code uses
         self.paths = {id(m): path for path, m in model.named_modules()}
         self.left: list[Left] = []
+        self.read = []
         self.steps = self._depth = 0
         self._own: dict[int, Any] = {}
         """Lists, dictionaries and sets that the forward itself has made."""
@@ -115,7 +105,7 @@ class Interpreter(Objects):
         """
         frame = self._begin()
         inputs = [self._input(f"argument_{i}") if v is given else v for i, v in enumerate(args)]
-        named = {name: self._input(f"{name}_") if v is given else v for name, v in kwargs.items()}
+        named = {n: self._input(f"keyword_{i}") if v is given else v for i, (n, v) in enumerate(kwargs.items())}
         if self._is_sequence(self.model):
             if len(inputs) != 1 or named:
                 raise frame.refuse(_NOWHERE, "takes one argument")
@@ -383,6 +373,8 @@ class Interpreter(Objects):
             return isinstance(first, rest[0])
         if function is callable:
             return isinstance(first, Method | MethodOf) or callable(first)
+        if isinstance(first, nn.Module) and rest[0] in first._modules:
+            self.looked.where(first, rest[0])
         if function is hasattr:
             none = object()
             return self.attribute(frame, node, first, rest[0], none) is not none

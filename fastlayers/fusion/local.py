@@ -80,10 +80,11 @@ class Graphs:
 
 
 def _made(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A module's forward as a graph in which something runs fused; None where its forward can't be read, or nothing is found."""
+    """A module's forward as a graph in which something runs fused; None where its forward can't be read, nothing is found, or
+    names are none that Python's source can have."""
     try:
         return trace.local(module, args, kwargs, _GIVEN)
-    except TraceError:
+    except (TraceError, SyntaxError):
         return None
 
 
@@ -96,9 +97,9 @@ def class_after(cls: type[nn.Module]) -> type[nn.Module]:
         # Dynamo, torch.fx and torch.jit are to see the forward as it is written, and hooks for all modules every call.
         if is_dynamo_compiling() or plan.everyone_is_watched():
             return cls.forward(self, *args, **kwargs)
-        graphs = self.__dict__[_GRAPHS]
-        graph = graphs.of(self, args, kwargs)
-        if graph is None:
+        graphs: Any = self.__dict__.get(_GRAPHS)  # a module that was made from the generated class has none
+        graph = None if graphs is None else graphs.of(self, args, kwargs)
+        if graphs is None or graph is None:
             return cls.forward(self, *args, **kwargs)
         inputs = [v for v in (*args, *kwargs.values()) if type(v) not in _CONSTANT]
         graph.__dict__["training"] = self.training

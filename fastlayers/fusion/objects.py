@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import operator
 import types
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ class Objects:
     graph: fx.Graph
     looked: Any
     paths: dict[int, str]
+    read: list[tuple[nn.Module, str]]
+    """The children that were read: whose they are, and their names."""
 
     def note(self, frame: Expressions, node: ast.AST, function: Any, args: Any, kwargs: Any = None) -> fx.Node:
         raise NotImplementedError
@@ -46,6 +49,9 @@ class Objects:
         path = self.paths.get(id(module))
         if path is None:
             raise frame.refuse(node, f"uses a {type(module).__name__} that isn't a part of the model")
+        for part in path.split("."):
+            if keyword.iskeyword(part) or any([c in part for c in "\"'\\\n"]):
+                raise frame.refuse(node, f"uses a module of the name {part}, which a graph's code can't write")
         return path
 
     def placed(self, module: nn.Module) -> None:
@@ -55,6 +61,12 @@ class Objects:
             parent, _, name = path.rpartition(".")
             self.looked.attribute(self.model.get_submodule(parent), name)
 
+    def decides(self, module: nn.Module, by_identity: bool) -> None:
+        """Look at the places where a module was read: something is decided by which one it is, or by that there is one."""
+        for owner, name in self.read:
+            if owner._modules[name] is module:
+                (self.looked.attribute if by_identity else self.looked.where)(owner, name)
+
     def tensor(self, frame: Expressions, node: ast.AST, module: nn.Module, name: str) -> fx.Node:
         """A parameter, buffer or other tensor of a module's, as a node: it is read at every call."""
         path = self.path(frame, node, module)
@@ -63,8 +75,9 @@ class Objects:
     def child(self, frame: Expressions, node: ast.AST, module: nn.Module, name: str) -> Any:
         child = module._modules[name]
         if child is None:
-            self.looked.attribute(module, name)
+            self.looked.where(module, name)
             return None
+        self.read.append((module, name))
         path = self.path(frame, node, module)
         self.paths[id(child)] = f"{path}.{name}" if path else name
         return child
@@ -141,10 +154,8 @@ class Objects:
             return self._bound(frame, node, module, name, found)
         for tensors in (module._parameters, module._buffers):
             if name in tensors:
-                if tensors[name] is not None:
-                    return self.tensor(frame, node, module, name)
-                self.looked.attribute(module, name)
-                return None
+                self.looked.where(module, name)
+                return None if tensors[name] is None else self.tensor(frame, node, module, name)
         if name in module._modules:
             return self.child(frame, node, module, name)
         if found_on_class(cls, "__getattr__") is not found_on_class(nn.Module, "__getattr__"):
@@ -251,6 +262,8 @@ class Objects:
             for value in (left, right):
                 if isinstance(value, Method | MethodOf | Parent | Text):
                     raise frame.refuse(node, "asks whether two methods are the same")
+                if isinstance(value, nn.Module):
+                    self.decides(value, left is not None and right is not None)
             return left is right
         for one, other in ((left, right), (right, left)):
             if isinstance(one, fx.Node) and other is None and self.is_something(one):

@@ -21,6 +21,14 @@ _SUMS = (operator.add, torch.add, "add")
 _KNOWN = ("torch", "fastlayers", "builtins", "math", "_operator")
 """Packages whose functions write into what they are given only if their names or arguments say so."""
 
+_RANDOM = {
+    "alpha_dropout", "bernoulli", "cauchy", "dropout", "dropout1d", "dropout2d", "dropout3d", "exponential",
+    "feature_alpha_dropout", "feature_dropout", "fractional_max_pool2d", "fractional_max_pool3d", "geometric",
+    "gumbel_softmax", "log_normal", "multi_head_attention_forward", "multinomial", "normal", "poisson", "rand", "rand_like",
+    "randint", "randint_like", "randn", "randn_like", "random", "randperm", "rrelu", "scaled_dot_product_attention", "uniform",
+}  # fmt: skip
+"""Functions and methods that draw random numbers, without the underscore of those that write into a tensor."""
+
 
 class Calls(NamedTuple):
     """The functions that a graph calls."""
@@ -62,7 +70,8 @@ class Finder:
 
     def _row(self, first: fx.Node, taken: set[fx.Node]) -> list[_Member]:
         """The longest row that begins here. All of it may run where its last node stands (or where its sum does): until then
-        nobody else sees what it computes, and nothing is written into that it reads."""
+        nobody else sees what it computes, nothing is written into that it reads, and random numbers are drawn in the same
+        order."""
         begin = self._begin(first)
         row = [] if begin is None else [begin]
         while row:
@@ -75,7 +84,8 @@ class Finder:
                 break
             between = self.nodes[self.order[last.node] + 1 : self.order[node]]
             called = self.called([m.node for m in (*row, member)])
-            if any([self.writes(n, called) for n in between]):
+            random = any([m.role == "dropout" for m in row])
+            if any([self.writes(n, called) or (random and self._draws(n)) for n in between]):
                 break
             row.append(member)
             if len(last.node.users) > 1:
@@ -175,6 +185,13 @@ class Finder:
             name = getattr(node.target, "__name__", "_")
             return not known or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
         return False
+
+    def _draws(self, node: fx.Node) -> bool:
+        """Whether it might draw random numbers."""
+        if node.op == "call_module":
+            return plan.role(type(self.modules[str(node.target)])) in (None, "dropout")
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        return name.rstrip("_") in _RANDOM
 
     def replace(self, row: list[_Member]) -> None:
         """Put a call of `run` in the place of these nodes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +48,17 @@ def _attribute(owner: Any, name: str) -> Any:
             if name in state:
                 return state[name]
     return found_on_class(type(owner), name)
+
+
+def _where(owner: Any, name: str) -> Any:
+    """Which part of a module's state holds a value of this name; None if the value is None, MISSING if there is none."""
+    own = owner.__dict__
+    if name in own:
+        return None if own[name] is None else "__dict__"
+    for kind in ("_parameters", "_buffers", "_modules"):
+        if name in own[kind]:
+            return None if own[kind][name] is None else kind
+    return MISSING
 
 
 def _item(owner: Any, name: str) -> Any:
@@ -106,21 +118,25 @@ class Looked:
         return len(self.entries)
 
     def _add(self, read: Callable[[Any, str], Any], owner: Any, name: str, value: Any) -> None:
-        key = read, id(owner), name
+        key = read, id(owner), name, self.late  # what was read before a call is read again after it
         if key not in self._keys:
             self._keys.add(key)
-            content = _copied(value, None) if type(value) in (list, tuple, dict, set) else None
+            content = _copied(value, None) if isinstance(value, (list, tuple, dict, set)) else None
             self.entries.append(_Entry(read, owner, name, value, content, self.late))
 
     def back_to(self, length: int) -> None:
         """Forget what was looked at since there were so many."""
         for entry in self.entries[length:]:
-            self._keys.discard((entry.read, id(entry.owner), entry.name))
+            self._keys.discard((entry.read, id(entry.owner), entry.name, entry.late))
         del self.entries[length:]
 
     def attribute(self, owner: Any, name: str) -> None:
         """An attribute of a module, a class, a module of Python, or of any object without an own way to look them up."""
         self._add(_attribute, owner, name, _attribute(owner, name))
+
+    def where(self, module: nn.Module, name: str) -> None:
+        """That a module has a tensor or a child of this name, or None in its place."""
+        self._add(_where, module, name, _where(module, name))
 
     def variable(self, variables: dict[str, Any], name: str) -> None:
         """A global variable."""
@@ -178,6 +194,10 @@ class Looked:
         process, and the model itself isn't there."""
         return _restored, ([e for e in self.entries if e.read in (_training, _children) or _is_plain(e)],)
 
+    def of_itself(self, model: nn.Module) -> Looked:
+        """The same without a reference to this module, which is handed to `changed`: what is kept in it holds it no longer."""
+        return _restored([e._replace(owner=None) if e.owner is model else e for e in self.entries])
+
     def without(self, model: nn.Module) -> Looked:
         """The same without the attributes of this module."""
         return _restored([e for e in self.entries if e.owner is not model])
@@ -212,10 +232,12 @@ def _same(a: Any, b: Any) -> bool:
 def _copied(value: Any, memo: dict[int, Any] | None) -> Any:
     """A copy of containers; with a memo, a deep copy of whatever belongs to a model."""
     if memo is None:
+        if type(value) in (dict, OrderedDict):
+            return type(value)([(key, _copied(v, memo)) for key, v in value.items()])
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*[_copied(v, memo) for v in value])
         if type(value) in (list, tuple):
             return type(value)([_copied(v, memo) for v in value])
-        if type(value) is dict:
-            return {key: _copied(v, memo) for key, v in value.items()}
         return set(value) if type(value) is set else value
     if value is MISSING or isinstance(value, types.ModuleType | type | types.CellType):
         return value

@@ -146,7 +146,12 @@ class Frame(Expressions):
     def do_Assert(self, node: ast.Assert) -> None:
         if not __debug__:
             return
-        self.asserted(node, self.value(node.test), None if node.msg is None else self.value(node.msg))
+        condition, nodes = self.value(node.test), self.interpreter.graph.nodes
+        count = len(nodes)
+        message = None if node.msg is None else self.value(node.msg)
+        if isinstance(condition, fx.Node) and not all([_never_fails(n) for n in [*nodes][count:]]):
+            raise self.refuse(node, "computes a message that only a failure needs")
+        self.asserted(node, condition, message)
 
     def asserted(self, node: ast.AST, condition: Any, message: Any = None) -> None:
         """That something is true, now or at every call."""
@@ -198,3 +203,9 @@ class Frame(Expressions):
             raise self.refuse(node, "writes into what isn't the call's own")
         self.interpreter.editable(self, node, base)
         base[key] = value
+
+
+def _never_fails(node: fx.Node) -> bool:
+    """Whether it reads a tensor or what describes it."""
+    described = node.op == "call_method" and node.target in ("dim", "size") and len(node.args) == 1 and not node.kwargs
+    return described or node.op == "get_attr" or node.target is getattr

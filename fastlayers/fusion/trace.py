@@ -125,7 +125,12 @@ def local(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], given:
     interpreter.trace_call(args, kwargs, given)
     if not _join(module, interpreter.graph, functions=True):
         return None
-    return _module(module, interpreter.graph, interpreter.looked, ())
+    for node in interpreter.graph.nodes:
+        # torch.fx doesn't trace this graph again. It would be told of these nodes by a function that holds all frames around it.
+        node.meta.pop("is_wrapped", None)
+    made = _module(module, interpreter.graph, interpreter.looked.of_itself(module), ())
+    made.graph.owning_module = None
+    return made
 
 
 def _join(model: nn.Module, graph: fx.Graph, functions: bool = False) -> int:
@@ -140,6 +145,7 @@ def _join(model: nn.Module, graph: fx.Graph, functions: bool = False) -> int:
         finder.replace(row)
     for gate in gates:
         gated_mlp.replace(graph, gate, finder.order)
+    formulas.take_integers(graph)
     count += len(rows) + len(gates)
     return count + formulas.replace_functions(graph) if functions else count
 
