@@ -86,7 +86,6 @@ _ACTIVATIONS: dict[Any, tuple[Any, dict[str, Any]]] = {
     (_X * _curve("relu6", _X + _number(3)) * _number(1 / 6)).key: (functional.hardswish, {}),
 }
 """Our function and its arguments for what it computes."""
-_FUNCTIONS = {function for function, _ in _ACTIVATIONS.values()}
 _MOST_NODES = 24
 """The most nodes an activation's expression may have."""
 
@@ -139,6 +138,9 @@ def _activation(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dic
             function, kwargs = _ACTIVATIONS[found.key]
             return [*seen], function, (x,), kwargs
     return None
+
+
+_FUNCTIONS = {function for function, _ in _ACTIVATIONS.values()}
 
 
 def activation_expression(input: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
