@@ -179,10 +179,11 @@ def _layers(target: str) -> Iterator[Run]:
 
 
 FORCED = (
-    "AdaptiveAvgPool2d one, bf16", "BatchNorm1d plain in parts, bf16", "Embedding common, bf16", "GRU steps by steps, bf16",
-    "InstanceNorm2d with running averages, bf16", "LayerNorm no_bias in parts, bf16",
-    "LinearCrossEntropyLoss through descriptors, bf16", "LinearCrossEntropyLoss through descriptors, tf32",
-    "PReLU one, bf16", "conv by boxes groups of 32 NCHW, bf16", "conv measured by boxes NHWC, bf16",
+    "AdaptiveAvgPool2d one, bf16", "BatchNorm1d plain in parts, bf16", "CosineSimilarity vector, bf16",
+    "Embedding common, bf16", "GRU steps by steps, bf16", "InstanceNorm2d with running averages, bf16",
+    "LayerNorm no_bias in parts, bf16", "LinearCrossEntropyLoss through descriptors, bf16",
+    "LinearCrossEntropyLoss through descriptors, tf32", "MultiheadAttention weights, bf16", "PReLU one, bf16",
+    "scaled_dot_product_attention decoding, bf16", "conv by boxes groups of 32 NCHW, bf16", "conv measured by boxes NHWC, bf16",
     "gated_mlp through descriptors, bf16", "gated_mlp through pointers aligned, bf16", "product specialized both, bf16",
 )  # fmt: skip
 """Runs of kernels.py that launch the kernels which no other one launches."""
