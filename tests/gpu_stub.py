@@ -113,11 +113,19 @@ def seen(gpu: Gpu, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> 
     with allocations(monkeypatch) as made:
         call()
         names = {t.data_ptr(): f"allocation {i}" for i, t in enumerate(made)}
+        begins = [(t.data_ptr(), t.untyped_storage().nbytes(), f"allocation {i}") for i, t in enumerate(made)]
 
     def named(argument: Any) -> Any:
         if isinstance(argument, tuple):
             return tuple(map(named, argument))
-        return names.get(argument, argument) if isinstance(argument, int) else argument
+        if not isinstance(argument, int):
+            return argument
+        if argument in names:
+            return names[argument]
+        # A view of an allocation that begins elsewhere.
+        return next(
+            (f"{name} + {argument - begin}" for begin, n, name in begins if begin < argument < begin + n), argument
+        )
 
     launches = [[*map(named, launch)] for launch in gpu.launches]
     return launches, [(t.shape, t.stride(), t.dtype) for t in made]

@@ -370,8 +370,7 @@ def matmul(
         return out
     (tile, turn), splits = turned.fit(plan.tile, turn and not plan.descriptors), plan.splits
     if operand_sums is not None and plan.descriptors and plan.precision == "tf32" and (a.stride(1) == 1 or plan.copied):
-        # A kernel of its own: summing here would read the shared-memory buffers that the product reads (see _sum_products).
-        # Where a is transposed in the loop, both read registers.
+        # Summing in the product would read its buffers, but where a is transposed in the loop (see _sum_products).
         activation_grad(a.T[None], None, None, None, operand_sums)
         operand_sums = None
     a, b = (columns_contiguous(a.T).T, columns_contiguous(b)) if plan.copied else (a, b)
