@@ -75,25 +75,20 @@ def counted(code: list[assembly.Instruction]) -> Counted | None:
 def _matrix(name: str) -> tuple[str, int] | None:
     """Kind of arithmetic and FLOPs of a warp. HGMMA.64x256x16.F32.BF16 is made by four warps; HMMA.16816 is 16x8x16."""
     arithmetic = "64" if name.startswith("DMMA") else "tf32" if "TF32" in name else "16"
-    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
-        m, n, k = map(int, found.groups())
-        return arithmetic, 2 * m * n * k // 4
-    if found := re.match(r"DMMA\.(\d+)x(\d+)x(\d+)", name):
-        m, n, k = map(int, found.groups())
-        return arithmetic, 2 * m * n * k
-    if found := re.match(r"[HD]MMA\.(16|8)(8)(16|8|4)\b", name):
-        m, n, k = map(int, found.groups())
-        return arithmetic, 2 * m * n * k
-    return None
+    found = re.match(r"(?:HG|D)MMA\.(\d+)x(\d+)x(\d+)", name) or re.match(r"[HD]MMA\.(16|8)(8)(16|8|4)\b", name)
+    if found is None:
+        return None
+    m, n, k = map(int, found.groups())
+    return arithmetic, 2 * m * n * k // (4 if name.startswith("HGMMA") else 1)
 
 
 def estimate(counted: Counted, gpu: GPU, work: Work, warps: int, products: int = 1) -> Estimate | None:
     """None where nothing says how often the loop runs.
 
     Args:
-    work: of all launches together.
-    warps: of all programs together, for a kernel without a loop.
-    products: how many products in lower precision make one of `work` (three of TF32 for strict float32).
+        work: of all launches together.
+        warps: of all programs together, for a kernel without a loop.
+        products: how many products in lower precision make one of `work` (three of TF32 for strict float32).
     """
     if counted.loop:
         if not (work.flops and counted.flops):
@@ -195,8 +190,9 @@ def teraflops(counted: Counted, gpu: GPU) -> float:
 def factors() -> tuple[float, float] | None:
     """How much longer than its estimate a published kernel took: the least and the most. None where bench/baseline.json has no
     reading of a kernel that is compared."""
-    found = [ratio for _, _, ratios in comparison() for ratio in ratios]
-    return (min(found), max(found)) if len(comparison()) == len(PUBLISHED) else None
+    compared = comparison()
+    found = [ratio for _, _, ratios in compared for ratio in ratios]
+    return (min(found), max(found)) if len(compared) == len(PUBLISHED) else None
 
 
 def comparison() -> list[tuple[Published, float, tuple[float, ...]]]:

@@ -28,18 +28,41 @@ def probe(x: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(x, x, x)
 
 
-class ScaledDotProductAttention(Operation):
+class Attention(Operation):
+    """What operations on the kernels of attention have in common."""
+
+    tensors = ("query", "key", "value", "attn_mask", "seed")
+    floats = ("query", "key", "value")
+    cast = ("query", "key", "value")
+    autocast = staticmethod(probe)
+
+    def random(self, options: Any) -> bool:
+        return options.dropout_p > 0
+
+    def precision(self, dtype: torch.dtype) -> str:
+        return matmul_precision(dtype)
+
+    def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
+        given = [name for name in self.tensors if getattr(t, name) is not None]
+        return (*given, "output", "lse")
+
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
+        # In the order of memory of the tensors, where that is one of heads and rows.
+        return tuple(
+            [
+                None if not need else Out.pointwise(o) if o.stride()[-1] == 1 else Out(o.shape, o.dtype)
+                for o, need in zip(like, needs, strict=True)
+            ]
+        )
+
+
+class ScaledDotProductAttention(Attention):
     """query (..., H, L, E), key (..., H, S, E), value (..., H, S, Ev), attn_mask of the same number of dimensions or fewer that
     expands to (..., H, L, S) -> (..., H, L, Ev). With enable_gqa, key and value have H / GROUP heads.
 
     Saves the result and one number for each query beside what it is given. Weights are computed again in the backward, and so is
     dropout's choice, from the seed.
     """
-
-    tensors = ("query", "key", "value", "attn_mask", "seed")
-    floats = ("query", "key", "value")
-    cast = ("query", "key", "value")
-    autocast = staticmethod(probe)
 
     class Options(NamedTuple):
         dropout_p: float
@@ -54,12 +77,6 @@ class ScaledDotProductAttention(Operation):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-
-    def random(self, options: Options) -> bool:
-        return options.dropout_p > 0
-
-    def precision(self, dtype: torch.dtype) -> str:
-        return matmul_precision(dtype)
 
     def outputs(self, t: Any, options: Options, needs: Needs | None) -> dict[str, Out | str]:
         q, k, v = t.query, t.key, t.value
@@ -76,19 +93,6 @@ class ScaledDotProductAttention(Operation):
         q, k, v, output = map(_heads, (t.query, t.key, t.value, out.output))
         lse = None if out.lse is None else out.lse.view(q.shape[:-1])
         kernels.attention(q, k, v, _mask(t.attn_mask), t.seed, output, lse, precision=precision, **_words(options))
-
-    def saves(self, t: Any, options: Options, needs: Needs) -> tuple[str, ...]:
-        given = [name for name in self.tensors if getattr(t, name) is not None]
-        return (*given, "output", "lse")
-
-    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
-        # In the order of memory of the tensors, where that is one of heads and rows.
-        return tuple(
-            [
-                None if not need else Out.pointwise(o) if o.stride()[-1] == 1 else Out(o.shape, o.dtype)
-                for o, need in zip(like, needs, strict=True)
-            ]
-        )
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         dy_, q, k, v, output = map(_heads, (dy.output, saved.query, saved.key, saved.value, saved.output))

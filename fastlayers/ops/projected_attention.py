@@ -10,9 +10,7 @@ import torch
 from .. import _kernels, _torch
 from .. import _torch_functional as F
 from ..dispatch import autocast
-from ..dispatch.precision import matmul_precision
 from ..dispatch.support import BadInput
-from ..operation import Operation
 from ..values import Named, Needs, Out, Tensors
 from . import attention
 
@@ -32,7 +30,7 @@ def in_heads(x: torch.Tensor, heads: int, batch: int) -> torch.Tensor:
     return x.transpose(1, 2) if batch == 0 else x.permute(1, 2, 0, 3)
 
 
-class ProjectedAttention(Operation):
+class ProjectedAttention(attention.Attention):
     """query (L, N, E), key and value (S, N, E); attn_mask a number to be added for each (N, heads, L, S), of which sizes may be 1
     -> (L, N, E) and, if they are wanted, the weights as dropout leaves them, (N, heads, L, S) or their mean (N, L, S). With
     `batch` 0, N comes first.
@@ -42,11 +40,6 @@ class ProjectedAttention(Operation):
 
     Saves the results and one number for each query and head beside what it is given.
     """
-
-    tensors = ("query", "key", "value", "attn_mask", "seed")
-    floats = ("query", "key", "value")
-    cast = ("query", "key", "value")
-    autocast = staticmethod(attention.probe)
 
     class Options(NamedTuple):
         heads: int
@@ -101,12 +94,6 @@ class ProjectedAttention(Operation):
     def results(self, options: Options) -> int:
         return 2 if options.weights else 1
 
-    def random(self, options: Options) -> bool:
-        return options.dropout_p > 0
-
-    def precision(self, dtype: torch.dtype) -> str:
-        return matmul_precision(dtype)
-
     def outputs(self, t: Any, options: Options, needs: Needs | None) -> dict[str, Out | str]:
         q, dtype = t.query, t.query.dtype
         n, l = q.shape[options.batch], q.shape[1 - options.batch]
@@ -130,18 +117,6 @@ class ProjectedAttention(Operation):
         )
         if out.weights is not None:
             kernels.attention_weights(q, k, t.attn_mask, t.seed, out.lse, out.weights, **words)
-
-    def saves(self, t: Any, options: Options, needs: Needs) -> tuple[str, ...]:
-        given = [name for name in self.tensors if getattr(t, name) is not None]
-        return (*given, "output", "lse")
-
-    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
-        return tuple(
-            [
-                None if not need else Out.pointwise(o) if o.stride()[-1] == 1 else Out(o.shape, o.dtype)
-                for o, need in zip(like, needs, strict=True)
-            ]
-        )
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         heads, batch, held = options.heads, options.batch, _held(saved.key, saved.value)
