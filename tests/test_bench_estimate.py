@@ -116,4 +116,4 @@ def test_the_audit_prints_a_range_or_nothing(monkeypatch: pytest.MonkeyPatch) ->
     column = headings.index("estimated, not measured")
     assert audit._cells(row)[column] == "-"
     row["estimated ms"] = {"H100": estimate.Estimate(1.0, "memory")}
-    assert audit._cells(row)[column] == "1,100.0 to 1,600.0 us H100"
+    assert audit._cells(row)[column] == "1,100.0 to 1,600.0 us H100, memory"

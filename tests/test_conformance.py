@@ -61,12 +61,13 @@ def test_the_table_of_samples() -> None:
         for dtype, share in (("float32", 40), ("float16", 50), ("float32", 30))
     ]
     kernel = dict(target="sm_90", registers=99, loop={"ffma": 7}, loads={"128": 2}, stores={"32": 1})
+    kernel["estimated ms"] = {"H200": (0.1, "memory")}
     rows = table(
         lines, [dict(kernel, kernel="matmul forward"), dict(kernel, kernel="GLU gate", target="sm_80")]
     ).splitlines()
     assert len(rows) == 2 + len(ROWS)
-    assert "| Linear | 3 float16, 6 float32 | 50 | 30 | 36 | 99 | 7 | 32 | p = 1 (6) |" in rows
-    assert "| GLU | none | - | - | - | - | - | - |  |" in rows
+    assert "| Linear | 3 float16, 6 float32 | 50 | 30 | 36 | 99 | 7 | 32 | memory (1) | p = 1 (6) |" in rows
+    assert "| GLU | none | - | - | - | - | - | - | - |  |" in rows
 
 
 def accepts(cls: type, *names: str) -> bool:

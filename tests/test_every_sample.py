@@ -63,11 +63,12 @@ def run(function: Any, call: Call, dy: torch.Tensor) -> list[Any]:
 
 
 def kept(function: Any, call: Call, dy: torch.Tensor) -> tuple[Any, int]:
-    """The same, and how many bytes of memory autograd kept for it."""
+    """The same, and how many bytes of memory autograd kept for it beside arguments and parameters, which are there anyway."""
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         found = run(function, call, dy)
-    return found, memory(saved, leaves(call.tree))[1]
+    parameters = [*function.parameters()] if isinstance(function, torch.nn.Module) else []
+    return found, memory(saved, leaves(call.tree) + parameters)[2]
 
 
 def judge(subject: Subject, name: str, scale: float, figures: Counter[str], reasons: Counter[str]) -> None:
