@@ -1,4 +1,7 @@
-"""`patched`: programs that import torch.nn get our layers and functions, with no line changed. See docs/decisions/0013."""
+"""`patched`: programs that import torch.nn get our layers and functions, with no line changed. See docs/decisions/0013.
+
+`isinstance` finds both classes; `type(m) is torch.nn.Linear` and dictionaries keyed by class don't find ours.
+"""
 
 from __future__ import annotations
 

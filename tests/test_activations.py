@@ -109,6 +109,22 @@ def _exact(activation: Activation, x: float) -> float:
             return x / (1 + math.exp(-x))
 
 
+@pytest.mark.parametrize("name", ["hardshrink", "softshrink"])
+@pytest.mark.parametrize("lambd", [0.3, 0.7, 0.5, 1e-7, 65504.0])
+def test_bounds_that_16_bits_round(name: str, lambd: float, device: torch.device) -> None:
+    """An input that is as large as the rounded bound is within it."""
+    bound = torch.tensor(lambd).half()
+    x = torch.stack([bound, -bound, bound * 0.9, bound.nextafter(torch.tensor(torch.inf).half())]).to(device)
+    found = []
+    for functional in (F, TF):
+        given = x.clone().requires_grad_()
+        y = getattr(functional, name)(given, lambd)
+        y.backward(torch.ones_like(y))
+        found.append((y, given.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_options_are_arguments_of_one_kernel(launched: list[str], device: torch.device) -> None:
     """Two layers of a class, whose options change between calls, alone and in other kernels; float64 isn't rounded."""
     layers = nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(0.1), nn.Linear(5, 3), nn.LeakyReLU(0.3)).double().to(device)
@@ -130,6 +146,8 @@ def test_options_are_arguments_of_one_kernel(launched: list[str], device: torch.
         (lambda f, x: f.celu(x, -1.0), "an alpha that isn't positive"),
         (lambda f, x: f.softplus(x, -1.0), "a beta that isn't positive"),
         (lambda f, x: f.softshrink(x, -1.0), None),
+        (lambda f, x: f.softshrink(x, math.inf), None),
+        (lambda f, x: f.hardshrink(x.half(), 70000.0), None),
         (lambda f, x: f.hardtanh(x, 2.0, 1.0), None),
         (lambda f, x: f.leaky_relu(x, "0.1"), None),
         (lambda f, x: f.elu(x, 1j), None),

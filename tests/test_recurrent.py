@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlayers
 from fastlayers import nn
+from fastlayers.dispatch.precision import without_cudnn
 from fastlayers.kernels.runtime import tiles
 from fastlayers.kernels.runtime.tiles import Tile
 from fastlayers.testing import assert_within_budget
@@ -147,6 +148,27 @@ def test_errors(name: str, device: torch.device) -> None:
                 module(*arguments)
             messages.append((raised.type, str(raised.value)))
         assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batch_sizes_that_increase(name: str, device: torch.device) -> None:
+    """Of which a kernel would write beyond the states."""
+    rows = torch.nn.utils.rnn.PackedSequence(torch.randn(5, 4, device=device), torch.tensor([2, 3]))
+    for module in pair(name, 4, 5, dtype=torch.float32, device=device):
+        with pytest.raises(RuntimeError):
+            module(rows)
+
+
+def test_second_derivatives_at_once_leave_cudnn_as_it_was() -> None:
+    """Each GPU's backward has a thread of its own, the flag is the process's."""
+    first, second = without_cudnn(), without_cudnn()
+    first.__enter__()
+    second.__enter__()
+    assert not torch.backends.cudnn.enabled
+    first.__exit__(None, None, None)
+    assert not torch.backends.cudnn.enabled
+    second.__exit__(None, None, None)
+    assert torch.backends.cudnn.enabled
 
 
 def test_proj_size_is_torchs(device: torch.device) -> None:

@@ -6,6 +6,8 @@ The functions themselves are in piecewise.py and smooth.py.
 from __future__ import annotations
 
 import functools
+import math
+import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +42,8 @@ class Rule(NamedTuple):
     """What torch saves, "input" or "output", and so does a call that is by itself."""
     contiguous: bool = False
     """Whether torch's result is contiguous on a CPU, whatever the input's strides."""
+    rounds: tuple[str, ...] = ()
+    """In which of "value" and "gradient" torch rounds the options to the input's dtype."""
     widens: bool = False
     """Whether autocast may have torch compute it in float32. Then it isn't joined with what comes before it under autocast."""
 
@@ -54,6 +58,17 @@ def _is_exact(number: float) -> bool:
     return all([torch.tensor(number, dtype=d).item() == number for d in (torch.float16, torch.bfloat16)])
 
 
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """The number in this dtype, by no operator of torch's, which would be seen while a launch is recorded."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return number
+    (bits,) = struct.unpack("I", struct.pack("f", number))
+    if dtype == torch.float16:
+        return struct.unpack("e", struct.pack("e", *struct.unpack("f", struct.pack("I", bits))))[0]
+    to_even = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return struct.unpack("f", struct.pack("I", to_even))[0] if math.isfinite(number) else number
+
+
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 RULES: dict[str, Rule] = {
@@ -66,7 +81,12 @@ RULES: dict[str, Rule] = {
     ),
     "gelu": Rule(F.gelu),
     "gelu_tanh": Rule(functools.partial(F.gelu, approximate="tanh")),
-    "hardshrink": Rule(F.hardshrink, lambda dy, y, lambd: torch.where(y == 0, 0.0, dy), lambda lambd: lambd >= 0),
+    "hardshrink": Rule(
+        F.hardshrink,
+        lambda dy, y, lambd: torch.where(y == 0, 0.0, dy),
+        lambda lambd: lambd >= 0,
+        rounds=("value", "gradient"),
+    ),
     "hardsigmoid": Rule(F.hardsigmoid, inplace=True),
     "hardswish": Rule(F.hardswish, inplace=True),
     "hardtanh": Rule(F.hardtanh, _between, lambda *bounds: all(map(_is_exact, bounds)), inplace=True),
@@ -90,7 +110,9 @@ RULES: dict[str, Rule] = {
         lambda beta, most: most >= 20,  # where the sum of both branches is the same number
         widens=True,
     ),
-    "softshrink": Rule(F.softshrink, lambda dy, y, lambd: torch.where(y == 0, 0.0, dy), _is_exact),
+    "softshrink": Rule(
+        F.softshrink, lambda dy, y, lambd: torch.where(y == 0, 0.0, dy), _is_exact, rounds=("gradient",)
+    ),
     "softsign": Rule(F.softsign, lambda dy, y: dy * (1 - y.abs()).square()),
     "tanh": Rule(torch.tanh, lambda dy, y: dy * (1 - y * y), keeps="output"),
     "tanhshrink": Rule(F.tanhshrink),
@@ -122,6 +144,12 @@ class Activation(NamedTuple):
     def joins(self) -> bool:
         """Whether it may be part of another kernel now."""
         return not (RULES[self.function].widens and any_autocast())
+
+    def rounded(self, of: str, dtype: torch.dtype) -> Activation:
+        """With the options from which torch computes the "value" or the "gradient" in this dtype."""
+        if of not in RULES[self.function].rounds:
+            return self
+        return self._replace(args=tuple([_rounded(number, dtype) for number in self.args]))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """By torch's function."""
@@ -186,7 +214,7 @@ def _softplus(beta: Any = 1.0, threshold: Any = 20.0) -> Activation:
 
 def _softshrink(lambd: Any = 0.5) -> Activation:
     (lambd,) = _numbers(lambd)
-    _require(lambd >= 0, BadInput(f"lambd {lambd}"))
+    _require(0 <= lambd < math.inf, BadInput(f"lambd {lambd}"))
     return Activation("softshrink", (lambd,))
 
 
@@ -255,6 +283,9 @@ class Pointwise(Operation):
     def unsupported(self, t: Any, options: Options) -> str | None:
         if options.inplace and options.activation.saves == "input" and wants_grad(t.input):
             return "writing into what the derivative needs"
+        most = torch.finfo(t.input.dtype).max
+        if RULES[options.activation.function].rounds and any(most < abs(a) < math.inf for a in options.activation.args):
+            return BadInput(f"options {options.activation.args} in {t.input.dtype}")
         return None
 
     def mutates(self, options: Options) -> tuple[str, ...]:
@@ -268,7 +299,7 @@ class Pointwise(Operation):
         return {"output": Out(tuple(x.shape), x.dtype) if contiguous else Out.pointwise(x)}
 
     def forward(self, t: Any, out: Named, options: Options, precision: str) -> None:
-        kernels.pointwise(t.input, out.output, options.activation)
+        kernels.pointwise(t.input, out.output, options.activation.rounded("value", t.input.dtype))
 
     def _kept(self, options: Options) -> str:
         return options.activation.saves if options.inplace else RULES[options.activation.function].keeps
@@ -281,7 +312,8 @@ class Pointwise(Operation):
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         of = self._kept(options)
-        kernels.pointwise_grad(dy.output, saved[of], grads.input, options.activation, of)
+        activation = options.activation.rounded("gradient", saved[of].dtype)
+        kernels.pointwise_grad(dy.output, saved[of], grads.input, activation, of)
 
     def differentiate(self, dy: Named, saved: Named, like: Any, options: Options, needs: Any) -> Tensors:
         of = self._kept(options)

@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from .. import _kernels, _torch
 from .. import _torch_functional as F
 from ..dispatch import support
-from ..dispatch.precision import rnn_precision
+from ..dispatch.precision import rnn_precision, without_cudnn
 from ..dispatch.support import BadInput
 from ..operation import Operation
 from ..values import Named, Needs, Out, Tensors
@@ -245,11 +245,8 @@ class GRU(Operation):
     def differentiate(self, dy: Named, saved: Named, like: Any, options: Any, needs: Needs) -> Tensors:
         if next(d for d in dy.values() if d is not None).device.type != "cuda":
             return super().differentiate(dy, saved, like, options, needs)
-        before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False  # cuDNN has no second derivatives
-        try:
+        with without_cudnn():  # which has no second derivatives
             return super().differentiate(dy, saved, like, options, needs)
-        finally:
-            torch.backends.cudnn.enabled = before
 
 
 class LSTM(GRU):
@@ -423,6 +420,8 @@ def _refusal(op: GRU, args: tuple[Any, ...], packed: bool) -> str | None:
     sizes, rows = args[1], args[0].shape[0] if isinstance(args[0], torch.Tensor) and args[0].dim() == 2 else -1
     if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1 or int(sizes.sum()) != rows:
         return BadInput("batch_sizes that don't fit the rows")
+    if bool((sizes[1:] > sizes[:-1]).any()):
+        return BadInput("batch_sizes that increase")
     state = hx[0] if op.gates == 4 else hx
     if not isinstance(state, torch.Tensor) or state.dim() != 3 or int(sizes[0]) != state.shape[1]:
         return BadInput("states of another number of sequences")
