@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import _torch
+from . import _torch, _torch_functional
 
 _NAMES = {"F": F, "torch": torch, "_VF": _torch.variable_functions}
 """How torch.nn's modules call the namespaces of the functions that they use."""
@@ -21,6 +21,14 @@ _NAMES = {"F": F, "torch": torch, "_VF": _torch.variable_functions}
 stand_ins: dict[str, Any] = {}
 """Ours of torch.nn.functional's functions, by their names. `patched` puts them there, which replaces nothing: they compute
 the same."""
+ours_for: dict[Any, Any] = {}
+"""The same by torch's functions themselves."""
+
+
+def stand_in(functions: dict[str, Any]) -> None:
+    """Say which functions of ours stand in for those of torch.nn.functional of these names."""
+    stand_ins.update(functions)
+    ours_for.update({getattr(_torch_functional, name): ours for name, ours in functions.items()})
 
 
 def _is_torchs(function: Any) -> bool:

@@ -265,14 +265,11 @@ def _addmm(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dict[str
     return ([node], product_with_bias, node.args, {}) if plain else None
 
 
-_THEIRS = {getattr(F, name): ours for name, ours in _originals.stand_ins.items()}
-
-
 def replace_functions(graph: fx.Graph) -> int:
     """Have a graph call our functions where it calls those of torch.nn.functional; how many there are."""
-    found = [node for node in graph.nodes if node.op == "call_function" and node.target in _THEIRS]
+    found = [node for node in graph.nodes if node.op == "call_function" and node.target in _originals.ours_for]
     for node in found:
-        node.target = _THEIRS[node.target]
+        node.target = _originals.ours_for[node.target]
     return len(found)
 
 
