@@ -13,8 +13,9 @@ Of each kernel of a run (tests/ptx_machine/counting.py says which there are):
 - barriers and instructions: of a warp.
 
 Exit status 1 where a row is worse than its committed one in bench/counters.json by more than a twentieth, or a run fails.
-`--update` rewrites the rows that were run. `--worst` runs nothing: it prints committed rows. The counts depend on the kernels and on the version of Triton alone: addresses are
-what is counted, not time. What tensor maps and wgmma do to shared memory isn't counted.
+`--update` rewrites the rows that were run. `--worst` runs nothing: it prints committed rows. The counts depend on the kernels
+and on the version of Triton alone: addresses are what is counted, not time. What tensor maps and wgmma do to shared memory
+isn't counted.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ def test_the_worst_are_read_and_not_run(monkeypatch: pytest.MonkeyPatch, capsys:
         raise AssertionError("nothing is to be run")
 
     monkeypatch.setattr(counters.subprocess, "run", run)
-    rows = {f"softmax {i}, _kernel": {"wavefronts": float(i)} for i in range(4)} | {"gelu, _kernel": {"wavefronts": 9.0}}
+    rows = {f"softmax {i}, _kernel": {"wavefronts": float(i)} for i in range(4)} | {
+        "gelu, _kernel": {"wavefronts": 9.0}
+    }
     monkeypatch.setattr(counters, "read", lambda: (None, rows))
     assert counters.main(["--worst", "2", "--match", "softmax"]) == 0
     _, *lines = capsys.readouterr().out.splitlines()
