@@ -320,6 +320,43 @@ def test_an_activation_of_integers() -> None:
     torch.testing.assert_close(model(x), x * torch.sigmoid(x))
 
 
+class SumOfIntegers(nn.Module):
+    """Integers come to an activation in the middle of a row, behind a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.linear = nn.Dropout(0.5), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = self.dropout(x) + y
+        return F.relu(self.linear(z * torch.sigmoid(z)))
+
+
+class GateOfIntegers(nn.Module):
+    """Linear layers of integers, as the CPU has them, around a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        for layer in (self.gate, self.up):
+            layer.weight = nn.Parameter(torch.randint(-2, 3, (4, 4)), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.gate(x)
+        return self.down(z * torch.sigmoid(z) * self.up(x))
+
+
+@pytest.mark.parametrize(("kind", "count"), [(SumOfIntegers, 2), (GateOfIntegers, 1)])
+def test_a_written_out_activation_of_integers_in_a_row(kind: type[nn.Module], count: int) -> None:
+    given = [torch.randint(-5, 5, (3, 4)) for _ in range(count)]
+    model = kind().eval()
+    expected = model(*given)
+    fused = _fused(model)
+    assert "_fused_graphs" in vars(fused)
+    with fastlayers.policy("auto"):
+        torch.testing.assert_close(fused(*given), expected)
+
+
 class Product(nn.Module):
     def __init__(self) -> None:
         super().__init__()

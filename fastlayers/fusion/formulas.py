@@ -14,6 +14,7 @@ from torch import fx
 from .. import _originals, functional
 from .. import _torch_functional as F
 from ..ops.norm import rms_norm_expression
+from .activation import as_floating
 from .rows import Finder
 
 __all__ = ["replace"]
@@ -146,9 +147,7 @@ _FUNCTIONS = {function for function, _ in _ACTIVATIONS.values()}
 def activation_expression(input: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
     """Our function of this name. Of integers it is what the expression gives, a result in the default dtype: torch's functions
     refuse them."""
-    if not (input.is_floating_point() or input.is_complex()):
-        input = input.to(torch.get_default_dtype())
-    return getattr(functional, name)(input, **kwargs)
+    return getattr(functional, name)(as_floating(input), **kwargs)
 
 
 def take_integers(graph: fx.Graph) -> None:
