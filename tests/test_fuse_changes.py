@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -426,3 +427,25 @@ def test_a_module_that_was_called_is_freed_at_once(kind: type[nn.Module]) -> Non
         assert [ref() for ref in refs] == [None, None, None]
     finally:
         gc.enable()
+
+
+class Shifted(Product):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 100
+
+
+def test_a_class_that_is_given_later() -> None:
+    model, x = _fused(Product()), torch.randn(3, 4)
+    model(x)
+    model.__class__ = Shifted
+    expected, keys = Shifted.forward(model, x), [*Product().state_dict()]
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for one in (model, *copies):
+        torch.testing.assert_close(one(x), expected)
+        assert type(one) is Shifted and [*one.state_dict()] == keys
+    assert [row.now.__name__ for row in fastlayers.accelerate(model, fuse=True).changed] == ["Shifted"]
+    assert type(model) is not Shifted  # fused anew, as the class that it has now
+    torch.testing.assert_close(model(x), expected)
+    for one in (model, *copies):
+        fastlayers.restore(one)
+        assert type(one) is Shifted and vars(one).keys() == vars(Product()).keys()
