@@ -1,6 +1,7 @@
 """What one run of each kernel counts, as a profiler would, in the emulator of PTX; no GPU needed.
 
-    python -m bench counters [--match softmax] [--jobs 2] [--worst 20] [--update]
+    python -m bench counters [--match softmax] [--jobs 2] [--update]
+    python -m bench counters --worst 20 [--match softmax]
 
 Of each kernel of a run (tests/ptx_machine/counting.py says which there are):
 
@@ -12,8 +13,9 @@ Of each kernel of a run (tests/ptx_machine/counting.py says which there are):
 - barriers and instructions: of a warp.
 
 Exit status 1 where a row is worse than its committed one in bench/counters.json by more than a twentieth, or a run fails.
-`--update` rewrites the rows that were run. The counts depend on the kernels and on the version of Triton alone: addresses are
-what is counted, not time. What tensor maps and wgmma do to shared memory isn't counted.
+`--update` rewrites the rows that were run. `--worst` runs nothing: it prints committed rows. The counts depend on the kernels
+and on the version of Triton alone: addresses are what is counted, not time. What tensor maps and wgmma do to shared memory
+isn't counted.
 """
 
 from __future__ import annotations
@@ -97,18 +99,23 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench counters", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--match", default="", help="only runs whose label matches this regular expression")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--worst", type=int, metavar="N", help="print the N rows with the most conflicts alone")
+    parser.add_argument("--worst", type=int, metavar="N", help="print the N committed rows with the most conflicts")
     parser.add_argument("--update", action="store_true", help="make these rows the committed ones")
     options = parser.parse_args(argv)
     version, committed = read()
+    if options.worst is not None:
+        if options.update:
+            parser.error("--worst runs nothing that --update could write")
+        matching = [row for row in committed.items() if re.search(options.match, row[0])]
+        print(table(sorted(matching, key=lambda row: -row[1].get("wavefronts", 0))[: options.worst]))
+        return 0 if matching else 1
     comparable = version == triton.__version__
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         shares = [f"{i}/{options.jobs}" for i in range(options.jobs)]
         found = {k: v for rows in pool.map(count, [options.match] * options.jobs, shares) for k, v in rows.items()}
     rows = {label: row for label, row in sorted(found.items()) if "error" not in row}
     errors = [f"{label}: {row['error']}" for label, row in found.items() if "error" in row]
-    shown = sorted(rows.items(), key=lambda item: -item[1].get("wavefronts", 0))[: options.worst]
-    print(table(rows.items() if options.worst is None else shown))
+    print(table(rows.items()))
     if options.update:
         # Of a run that was made, the rows of kernels that it no longer launches go.
         whole = not (comparable and options.match)

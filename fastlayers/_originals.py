@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import _torch
+from . import _torch, _torch_functional
 
 _NAMES = {"F": F, "torch": torch, "_VF": _torch.variable_functions}
 """How torch.nn's modules call the namespaces of the functions that they use."""
@@ -21,6 +21,14 @@ _NAMES = {"F": F, "torch": torch, "_VF": _torch.variable_functions}
 stand_ins: dict[str, Any] = {}
 """Ours of torch.nn.functional's functions, by their names. `patched` puts them there, which replaces nothing: they compute
 the same."""
+ours_for: dict[Any, Any] = {}
+"""The same by torch's functions themselves."""
+
+
+def stand_in(functions: dict[str, Any]) -> None:
+    """Say which functions of ours stand in for those of torch.nn.functional of these names."""
+    stand_ins.update(functions)
+    ours_for.update({getattr(_torch_functional, name): ours for name, ours in functions.items()})
 
 
 def _is_torchs(function: Any) -> bool:
@@ -60,17 +68,33 @@ class Originals:
                 for function in called:
                     if _function(space, function) is not None:
                         self._add(space, function, _function(space, function))
+        self.replaced: Callable[[], bool] = _comparing(self.places, {}, "replaced()", "False", "True")
+        """Whether one of them was replaced since."""
 
     def _add(self, place: Any, name: str, found: Any) -> None:
         original = found if _is_torchs(found) else None
         self.places.append((place, name, original, stand_ins.get(name, original) if place is F else original))
 
-    def replaced(self) -> bool:
-        for place, name, original, stand_in in self.places:
-            found = getattr(place, name)
-            if found is not original and found is not stand_in:
-                return True
-        return False
+
+def _comparing(places: Any, given: dict[str, Any], head: str, same: str, other: str) -> Any:
+    """A function with this head, which returns `same` where every original is in its place and otherwise `other`, expressions of
+    its parameters and of what is given. It is compiled from source with a comparison for each original: a loop, and arguments as
+    *args and **kwargs, took a tenth of a Linear layer's time on the CPU."""
+    given, unchanged = {**given}, []
+    for i, (place, function, original, stand_in) in enumerate(places):
+        given[f"place{i}"], given[f"original{i}"], given[f"stand_in{i}"] = place, original, stand_in
+        unchanged.append(f"(place{i}.{function} is original{i} or place{i}.{function} is stand_in{i})")
+    lines = [  # variables of a function around, since Dynamo looks for global ones in the module of this name
+        f"def make({', '.join(given)}):",
+        f"    def {head}:",
+        f"        if {' and '.join(unchanged) or 'True'}:",
+        f"            return {same}",
+        f"        return {other}",
+        f"    return {head[: head.index('(')]}",
+    ]
+    space: dict[str, Any] = {"__name__": __name__}
+    exec("\n".join(lines), space)
+    return space["make"](**given)
 
 
 @functools.cache
@@ -95,25 +119,11 @@ def watch(*classes: type) -> None:
 
 
 def _watched(theirs: type, name: str, method: types.FunctionType) -> Callable[..., Any]:
-    """The method, with a look at the originals before. It is compiled as source with the method's own parameters and a comparison
-    for each original: a loop, and arguments as *args and **kwargs, took a tenth of a Linear layer's time on the CPU."""
-    given: dict[str, Any] = {"method": method, "theirs": theirs}
-    unchanged = []
-    for i, (place, function, original, stand_in) in enumerate(Originals(theirs, (name,)).places):
-        given[f"place{i}"], given[f"original{i}"], given[f"stand_in{i}"] = place, original, stand_in
-        unchanged.append(f"(place{i}.{function} is original{i} or place{i}.{function} is stand_in{i})")
+    """The method, with a look at the originals before, and its own parameters."""
     declared, handed = _parameters(method)
-    lines = [  # variables of a function around, since Dynamo looks for global ones in the module of this name
-        f"def make({', '.join(given)}):",
-        f"    def watched({declared}):",
-        f"        if {' and '.join(unchanged) or 'True'}:",
-        f"            return method({handed})",
-        f"        return theirs.{name}({handed})",
-        "    return watched",
-    ]
-    space: dict[str, Any] = {"__name__": __name__}
-    exec("\n".join(lines), space)
-    watched: Any = functools.wraps(method)(space["make"](**given))
+    given, places = {"method": method, "theirs": theirs}, Originals(theirs, (name,)).places
+    made = _comparing(places, given, f"watched({declared})", f"method({handed})", f"theirs.{name}({handed})")
+    watched: Any = functools.wraps(method)(made)
     watched.__defaults__, watched.__kwdefaults__ = method.__defaults__, method.__kwdefaults__
     return watched
 

@@ -10,9 +10,10 @@ def own(module: torch.nn.Module, name: str, kind: type) -> Any:
     access, it is read from the module's dictionaries. This saves 0.3 us: Python calls nn.Module.__getattr__ only after it has
     looked everywhere else."""
     if type(module) is kind and name not in module.__dict__:
-        for state in (module._parameters, module._buffers):
-            if name in state:
-                return state[name]
+        if name in module._parameters:
+            return module._parameters[name]
+        if name in module._buffers:
+            return module._buffers[name]
     return getattr(module, name)
 
 

@@ -74,8 +74,10 @@ class Conversions:
 
     def __exit__(self, *_: object) -> None:
         for module in self._changed:
-            if (alive := module()) is not None and _why_not_back(alive) is None:
-                _back(alive)
+            if (alive := module()) is not None:
+                local.drop_unused(alive)
+                if _why_not_back(alive) is None:
+                    _back(alive)
 
 
 def accelerate(
@@ -147,7 +149,10 @@ def restore(model: nn.Module, to: types.ModuleType | None = None) -> Conversions
     """
     if to is not None and to is not nn:
         raise ValueError(f"layers are restored to torch.nn, not to {getattr(to, '__name__', repr(to))}")
-    return _convert(_paths(model), _why_not_back if to is None else _why_not_torch, _back)
+    paths = _paths(model)
+    for module in paths.values():
+        local.drop_unused(module)
+    return _convert(paths, _why_not_back if to is None else _why_not_torch, _back)
 
 
 def _paths(model: nn.Module) -> dict[str, nn.Module]:

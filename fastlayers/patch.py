@@ -29,12 +29,10 @@ _init: Any = None
 _OURS, _LAYERS = {*CLASSES.values()}, tuple(CLASSES)
 """Our classes, and those of torch that they replace."""
 _CONTAINERS = {torch.nn.Module, *[getattr(torch.nn, name) for name in torch.nn.modules.container.__all__]}
-_THEIRS = {getattr(_torch_functional, name): ours for name, ours in _originals.stand_ins.items()}
-"""Our function for each of torch's."""
 _NAMING: list[Any] = [
     cls.__init__
     for cls in {getattr(torch.nn, name) for name in torch.nn.modules.__all__}
-    if any([inspect.isroutine(value) and value in _THEIRS for value in cls.__init__.__defaults__ or ()])
+    if any([inspect.isroutine(value) and value in _originals.ours_for for value in cls.__init__.__defaults__ or ()])
 ]
 """Constructors of torch.nn that have such a function as a default. They compare their argument with it, so it is replaced too."""
 
@@ -109,7 +107,7 @@ def _put() -> None:
     for name, ours in _originals.stand_ins.items():
         if getattr(F, name) is getattr(_torch_functional, name):
             setattr(F, name, ours)
-    _replace_defaults(_THEIRS)
+    _replace_defaults(_originals.ours_for)
 
 
 def _put_back() -> None:
@@ -121,7 +119,7 @@ def _put_back() -> None:
     for name, ours in _originals.stand_ins.items():
         if getattr(F, name) is ours:
             setattr(F, name, getattr(_torch_functional, name))
-    _replace_defaults({ours: theirs for theirs, ours in _THEIRS.items()})
+    _replace_defaults({ours: theirs for theirs, ours in _originals.ours_for.items()})
 
 
 def _replace_defaults(by: dict[Any, Any]) -> None:

@@ -58,3 +58,18 @@ def test_rows_are_written_as_they_are_read(tmp_path: Path) -> None:
     counters.write(rows, tmp_path / "counters.json")
     assert counters.read(tmp_path / "counters.json") == (triton.__version__, rows)
     assert re.search(r"a, .*\n.*b, ", (tmp_path / "counters.json").read_text())
+
+
+def test_the_worst_are_read_and_not_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*args: object, **kwargs: object) -> None:
+        raise AssertionError("nothing is to be run")
+
+    monkeypatch.setattr(counters.subprocess, "run", run)
+    rows = {f"softmax {i}, _kernel": {"wavefronts": float(i)} for i in range(4)} | {
+        "gelu, _kernel": {"wavefronts": 9.0}
+    }
+    monkeypatch.setattr(counters, "read", lambda: (None, rows))
+    assert counters.main(["--worst", "2", "--match", "softmax"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["softmax 3", "softmax 2"]
+    assert counters.main(["--worst", "2", "--match", "no such run"]) == 1

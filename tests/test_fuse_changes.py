@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -320,6 +321,43 @@ def test_an_activation_of_integers() -> None:
     torch.testing.assert_close(model(x), x * torch.sigmoid(x))
 
 
+class SumOfIntegers(nn.Module):
+    """Integers come to an activation in the middle of a row, behind a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.linear = nn.Dropout(0.5), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = self.dropout(x) + y
+        return F.relu(self.linear(z * torch.sigmoid(z)))
+
+
+class GateOfIntegers(nn.Module):
+    """Linear layers of integers, as the CPU has them, around a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        for layer in (self.gate, self.up):
+            layer.weight = nn.Parameter(torch.randint(-2, 3, (4, 4)), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.gate(x)
+        return self.down(z * torch.sigmoid(z) * self.up(x))
+
+
+@pytest.mark.parametrize(("kind", "count"), [(SumOfIntegers, 2), (GateOfIntegers, 1)])
+def test_a_written_out_activation_of_integers_in_a_row(kind: type[nn.Module], count: int) -> None:
+    given = [torch.randint(-5, 5, (3, 4)) for _ in range(count)]
+    model = kind().eval()
+    expected = model(*given)
+    fused = _fused(model)
+    assert "_fused_graphs" in vars(fused)
+    with fastlayers.policy("auto"):
+        torch.testing.assert_close(fused(*given), expected)
+
+
 class Product(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -389,3 +427,25 @@ def test_a_module_that_was_called_is_freed_at_once(kind: type[nn.Module]) -> Non
         assert [ref() for ref in refs] == [None, None, None]
     finally:
         gc.enable()
+
+
+class Shifted(Product):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 100
+
+
+def test_a_class_that_is_given_later() -> None:
+    model, x = _fused(Product()), torch.randn(3, 4)
+    model(x)
+    model.__class__ = Shifted
+    expected, keys = Shifted.forward(model, x), [*Product().state_dict()]
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for one in (model, *copies):
+        torch.testing.assert_close(one(x), expected)
+        assert type(one) is Shifted and [*one.state_dict()] == keys
+    assert [row.now.__name__ for row in fastlayers.accelerate(model, fuse=True).changed] == ["Shifted"]
+    assert type(model) is not Shifted  # fused anew, as the class that it has now
+    torch.testing.assert_close(model(x), expected)
+    for one in (model, *copies):
+        fastlayers.restore(one)
+        assert type(one) is Shifted and vars(one).keys() == vars(Product()).keys()

@@ -32,7 +32,7 @@ MAY = {
     "_torch": set(),
     "_version": set(),
     "_state": set(),
-    "_originals": {"_torch"},
+    "_originals": {"_torch", "_torch_functional"},
     "_leaf": set(),
     "_torch_functional": set(),
     "_kernels": {"kernels"},

@@ -3,15 +3,18 @@ normalisation in training and an activation, for which the convolution measures 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .._state import own
 from ..ops import conv, conv_transpose
+from ..ops.activation import Activation
 from ..ops.batch_norm import norm_measured
-from ..ops.conv import conv_joined, memory_formats
+from ..ops.conv import Statistics, conv_joined, memory_formats
 from ..ops.conv_measured import conv_measured
 from .plan import Pattern, Value, named, run
 
@@ -42,49 +45,100 @@ def applies_statistics(norm: Any) -> bool:
     kernel does."""
     if norm.training or torch.is_grad_enabled():
         return False
-    return all([own(norm, name, type(norm)) is not None for name in ("running_mean", "running_var")])
+    cls = type(norm)
+    return own(norm, "running_mean", cls) is not None and own(norm, "running_var", cls) is not None
+
+
+class _Try(NamedTuple):
+    """A convolution and the layers after it that one kernel takes, by their places in the row; 0: there is no such layer."""
+
+    end: int
+    norm: int
+    add: int
+    activation: Activation | None
+
+
+class _Stage(NamedTuple):
+    """A convolution of a row and the layers up to the next one, and what might be done with them, as their values alone say."""
+
+    begin: int
+    end: int
+    records: tuple[Any, Any]
+    """Of the convolution, and of one that normalises or adds."""
+    adds: bool
+    tries: tuple[_Try, ...]
+    """What might run as one, the most layers first."""
+
+
+def _stages(values: tuple[Value, ...]) -> tuple[_Stage, ...]:
+    begins = [i for i, v in enumerate(values) if v.role == "conv"]
+    stages = []
+    for begin, end in zip(begins, [*begins[1:], len(values)], strict=True):
+        records = _RECORDS[values[begin].what]
+        tries, norm, add, activation = [_Try(begin + 1, 0, 0, None)], 0, 0, None
+        for i in range(begin + 1, end):
+            role, what = values[i]
+            if role == "batch_norm" and what != records[0].dims:
+                break
+            norm, add = i if role == "batch_norm" else norm, i if role == "add" else add
+            activation = what if role == "activation" else None
+            tries.append(_Try(i + 1, norm, add, activation))
+        adds = any([v.role == "add" for v in values[begin:end]])
+        stages.append(_Stage(begin, end, records, adds, tuple(tries[::-1])))
+    return tuple(stages)
+
+
+_staged = functools.lru_cache(maxsize=4096)(_stages)
 
 
 def _run(x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value]) -> torch.Tensor:
     """Nobody sees the memory format of what lies between two convolutions: an image in NCHW is converted once."""
-    begins = [i for i, v in enumerate(values) if v.role == "conv"]
-    formats: list[bool | None] = [None] * len(begins)
+    stages = (_stages if is_dynamo_compiling() else _staged)(tuple(values))
+    formats: Sequence[bool | None] = (None,) * len(stages)
     # Padding has a memory format of its own, and a sum may be in the residual's.
-    zeros = all([layers[i].padding_mode == "zeros" for i in begins])
-    if len(begins) > 1 and zeros and all([v.role != "add" for v in values[: begins[-1]]]):
-        formats = memory_formats(
-            [_RECORDS[values[i].what][0] for i in begins], x,
-            [own(layers[i], "weight", type(layers[i])) for i in begins], [layers[i].groups for i in begins],
-        )  # fmt: skip
-    for begin, end, format in zip(begins, [*begins[1:], len(values)], formats, strict=True):
-        x = _run_one(x, layers[begin:end], values[begin:end], format)
+    if len(stages) > 1 and not any([stage.adds for stage in stages[:-1]]):
+        convs = [layers[stage.begin] for stage in stages]
+        if all([conv.padding_mode == "zeros" for conv in convs]):
+            weights = [own(conv, "weight", type(conv)) for conv in convs]
+            formats = memory_formats([s.records[0] for s in stages], x, weights, [conv.groups for conv in convs])
+    for stage, format in zip(stages, formats, strict=True):
+        x = _run_one(x, layers, values, stage, format)
     return x
 
 
-def _run_one(x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value], format: bool | None) -> torch.Tensor:
-    """A convolution with as many of the layers after it as the kernel takes, and then each of the others alone."""
-    conv, input = layers[0], x
-    arguments = conv._arguments(input, own(conv, "weight", type(conv)), own(conv, "bias", type(conv)))
-    if values[0].what == "conv2d" and len(values) > 1 and values[1] == _IN_TRAINING:
-        end = 3 if len(values) > 2 and values[2].role == "activation" else 2
-        y = named(layers[:end], _run_measured, arguments, layers[1], values[2].what if end == 3 else None, format)
+def _run_one(
+    x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value], stage: _Stage, format: Any
+) -> torch.Tensor:
+    """A convolution with as many of the layers after it as the kernel takes, and then each of the others alone. Where gradients
+    are recorded the kernel knows the derivative of no sum. torch's batch normalisation objects to a single image."""
+    begin, end, records, _, tries = stage
+    conv = layers[begin]
+    arguments = conv._arguments(x, own(conv, "weight", type(conv)), own(conv, "bias", type(conv)))
+    if end > begin + 1 and values[begin + 1] == _IN_TRAINING and values[begin].what == "conv2d":
+        taken = begin + 3 if end > begin + 2 and values[begin + 2].role == "activation" else begin + 2
+        activation = values[taken - 1].what if taken == begin + 3 else None
+        y = named(layers[begin:taken], _run_measured, arguments, layers[begin + 1], activation, format)
         if y is not None:
-            return run(layers[end:], y)
-    for end in range(_longest(x, values), 0, -1):
-        norm = residual = activation = None
-        for layer, value in zip(layers[1:end], values[1:end], strict=True):
-            if value.role == "batch_norm":
-                names = ("running_mean", "running_var", "weight", "bias")
-                norm: Any = (*[own(layer, name, type(layer)) for name in names], layer.eps)
-            elif value.role == "add":
-                residual = layer.tensor
-            else:
-                activation = value.what
-        more = dict(norm=norm, residual=residual, activation=activation, channels_last=format)
-        y = named(layers[:end], conv_joined, _RECORDS[values[0].what], *arguments, **more)
+            return y if taken == end else run(layers[taken:end], y)
+    recorded, batched = torch.is_grad_enabled(), x.dim() == records[0].dims + 2
+    for taken, norm, add, activation in tries:
+        if (add and recorded) or (norm and not batched):
+            continue
+        y = named(
+            layers[begin:taken], conv_joined, records, *arguments,
+            norm=_statistics(layers[norm]) if norm else None,
+            residual=layers[add].tensor if add else None,
+            activation=activation, channels_last=format,
+        )  # fmt: skip
         if y is not None:
-            return run(layers[end:], y)
+            return y if taken == end else run(layers[taken:end], y)
     raise AssertionError("a convolution alone is always computed")
+
+
+def _statistics(norm: Any) -> Statistics:
+    cls = type(norm)
+    mean, var = own(norm, "running_mean", cls), own(norm, "running_var", cls)
+    return mean, var, own(norm, "weight", cls), own(norm, "bias", cls), norm.eps
 
 
 def _run_measured(arguments: Sequence[Any], norm: Any, activation: Any, format: bool | None) -> torch.Tensor | None:
@@ -113,18 +167,6 @@ def _run_measured(arguments: Sequence[Any], norm: Any, activation: Any, format: 
     y, mean, rstd = found
     norm._arguments(y)  # which counts the batch
     return norm_measured(y, mean, rstd, weight, bias, norm.eps, activation)
-
-
-def _longest(x: torch.Tensor, values: Sequence[Value]) -> int:
-    """How many of the layers the kernel might take. Where gradients are recorded it knows the derivative of no sum. torch's batch
-    normalisation objects to a single image, and to one of other dimensions."""
-    recorded, dims = torch.is_grad_enabled(), _RECORDS[values[0].what][0].dims
-    for i, v in enumerate(values):
-        if v.role == "add" and recorded:
-            return i
-        if v.role == "batch_norm" and (x.dim() != dims + 2 or v.what != dims):
-            return i
-    return len(values)
 
 
 PATTERNS = (Pattern("(conv (batch_norm )?(add )?(activation )?)+", _run),)

@@ -14,6 +14,7 @@ from torch import fx
 from .. import _originals, functional
 from .. import _torch_functional as F
 from ..ops.norm import rms_norm_expression
+from .activation import as_floating
 from .rows import Finder
 
 __all__ = ["replace"]
@@ -146,9 +147,7 @@ _FUNCTIONS = {function for function, _ in _ACTIVATIONS.values()}
 def activation_expression(input: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
     """Our function of this name. Of integers it is what the expression gives, a result in the default dtype: torch's functions
     refuse them."""
-    if not (input.is_floating_point() or input.is_complex()):
-        input = input.to(torch.get_default_dtype())
-    return getattr(functional, name)(input, **kwargs)
+    return getattr(functional, name)(as_floating(input), **kwargs)
 
 
 def take_integers(graph: fx.Graph) -> None:
@@ -265,14 +264,11 @@ def _addmm(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dict[str
     return ([node], product_with_bias, node.args, {}) if plain else None
 
 
-_THEIRS = {getattr(F, name): ours for name, ours in _originals.stand_ins.items()}
-
-
 def replace_functions(graph: fx.Graph) -> int:
     """Have a graph call our functions where it calls those of torch.nn.functional; how many there are."""
-    found = [node for node in graph.nodes if node.op == "call_function" and node.target in _THEIRS]
+    found = [node for node in graph.nodes if node.op == "call_function" and node.target in _originals.ours_for]
     for node in found:
-        node.target = _THEIRS[node.target]
+        node.target = _originals.ours_for[node.target]
     return len(found)
 
 

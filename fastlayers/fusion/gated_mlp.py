@@ -14,7 +14,7 @@ from .._state import own
 from ..ops.gated_mlp import gated_layers, packed_gated_layers
 from . import plan
 from .activation import layer_of
-from .rows import Finder, activation_of
+from .rows import Finder, activation_of, activation_part
 from .values import unpack
 
 __all__ = ["find", "replace", "run", "run_packed"]
@@ -114,7 +114,8 @@ def replace(graph: fx.Graph, found: Gated | Packed, order: dict[fx.Node, int]) -
     """Put a call of `run` or `run_packed` in the place of these nodes."""
     with graph.inserting_before(found.down):
         function = activation_of(found.activation)
-        activation = graph.get_attr(str(found.activation.target)) if function is None else function
+        node = found.activation
+        activation = graph.get_attr(str(node.target)) if function is None else activation_part(node, function)
         swapped = found.product.args[0] is found.up
         if isinstance(found, Packed):
             layers = [graph.get_attr(str(node.target)) for node in (found.both, found.down)]

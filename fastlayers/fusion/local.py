@@ -132,7 +132,15 @@ def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
 
 
 def is_fused(module: nn.Module) -> bool:
-    return _GRAPHS in vars(module)
+    """Whether its class is a generated one, or a subclass of one as parametrizations make it. Somebody may have given the module
+    another class since, whose own forward runs."""
+    return _GRAPHS in vars(module) and hasattr(type(module), "_class_before")
+
+
+def drop_unused(module: nn.Module) -> None:
+    """Take the graphs from a module that is fused no longer, since somebody has given it another class."""
+    if not is_fused(module):
+        vars(module).pop(_GRAPHS, None)
 
 
 def fuse_in_place(module: nn.Module) -> None:

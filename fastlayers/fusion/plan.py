@@ -102,6 +102,7 @@ class _Entry(NamedTuple):
     """The class's forward when it was registered. A class whose forward was replaced since isn't joined."""
     originals: _originals.Originals
     """The same of the class of torch's that it is, or is a subclass of, and of the functions which that calls."""
+    is_module: bool
 
 
 _entries: dict[type, _Entry] = {}
@@ -111,7 +112,7 @@ _patterns: list[tuple[re.Pattern[str], Pattern]] = []
 def register_role(cls: type, role: Role) -> None:
     """Say what layers of exactly this class stand for. A subclass counts only if it is registered itself, so that nobody's
     subclass is fused by accident."""
-    _entries[cls] = _Entry(role, getattr(cls, "forward", None), _originals.of(cls))
+    _entries[cls] = _Entry(role, getattr(cls, "forward", None), _originals.of(cls), issubclass(cls, torch.nn.Module))
 
 
 def register_pattern(pattern: Pattern) -> None:
@@ -138,22 +139,18 @@ def follows_sum(name: str | None) -> bool:
 
 def value(layer: Any) -> Value | None:
     """What this layer stands for; None where it must be called by itself."""
-    entry = _entries.get(type(layer))
-    if entry is None or entry.forward is not getattr(type(layer), "forward", None) or entry.originals.replaced():
+    cls = type(layer)
+    entry = _entries.get(cls)
+    if entry is None or entry.forward is not getattr(cls, "forward", None) or entry.originals.replaced():
         return None
-    if isinstance(layer, torch.nn.Module) and is_watched(layer):
-        return None
-    return entry.role.value(layer)
+    return None if entry.is_module and is_watched(layer) else entry.role.value(layer)
 
 
 def is_watched(module: Any) -> bool:
     """Whether somebody could tell that this module's __call__ wasn't called: a hook, a compiled call, or a forward of its own, as
     some replace it on a single instance. Global hooks apart."""
-    return (
-        _torch.is_watched_module(module)
-        or "forward" in module.__dict__
-        or "_conv_forward" in module.__dict__
-    )  # fmt: skip
+    own = module.__dict__
+    return "forward" in own or "_conv_forward" in own or _torch.is_watched_module(module)
 
 
 def everyone_is_watched() -> bool:

@@ -215,7 +215,9 @@ class Finder:
         """What `run` is given for it."""
         if member.node.op == "call_module":
             return self.graph.get_attr(member.part)
-        return (member.part, member.node.args[member.residual]) if member.role == "add" else member.part
+        if member.role == "add":
+            return member.part, member.node.args[member.residual]
+        return activation_part(member.node, member.part)
 
 
 def _home(node: fx.Node) -> str:
@@ -234,3 +236,8 @@ def activation_of(node: fx.Node) -> Activation | None:
         return None if call is None else call(*node.args[1:], **node.kwargs)
     except (TypeError, ValueError):  # arguments that it doesn't have, or that aren't known before the call
         return None
+
+
+def activation_part(node: fx.Node, activation: Activation) -> Any:
+    """What a row's call is given for the activation that this node applies."""
+    return ("expression", activation) if node.meta.get("is_expression") else activation

@@ -84,14 +84,14 @@ def fuse(model: nn.Module) -> fx.GraphModule:
 
 def run(input: torch.Tensor, with_sum: bool, *parts: Any) -> Any:
     """What a Sequential of these parts computes. Each part is a module, an activation that the model calls as a function, or a
-    residual and a word for how it is added: "add" (x + residual), "radd" (residual + x) or "iadd" (x += residual). `with_sum`:
-    the result, and the sum that its last layer was given."""
+    word and what it says something of: "expression" and an activation that the model writes out; "add" (x + residual), "radd"
+    (residual + x) or "iadd" (x += residual) and a residual. `with_sum`: the result, and the sum that its last layer was given."""
     row = [_layer(part) for part in parts]
     return plan.run_with_sum(row, input) if with_sum else plan.run(row, input)
 
 
 def _layer(part: Any) -> Any:
-    if isinstance(part, Activation) or not isinstance(part, tuple):
+    if isinstance(part, Activation) or not isinstance(part, tuple) or part[0] == "expression":
         return layer_of(part)
     word, residual = part
     if word == "radd":

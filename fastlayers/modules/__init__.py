@@ -21,7 +21,7 @@ from .transformer import *
 from .upsampling import *
 
 _functions = [(name, value) for name, value in vars(functional).items() if callable(value) and not name.startswith("_")]
-_originals.stand_ins.update({name: f for name, f in _functions if f is not getattr(_torch, name, f)})
+_originals.stand_in({name: f for name, f in _functions if f is not getattr(_torch, name, f)})
 _classes = [value for value in list(globals().values()) if isinstance(value, type)]
 _originals.watch(*_classes)
 _leaf.keep_whole(*_classes)

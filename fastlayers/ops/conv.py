@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -304,15 +305,29 @@ def _made(op: Conv2d, kernel: tuple[int, ...], sizes: tuple[Any, ...], more: tup
     return (op.Options if is_dynamo_compiling() else op.options)(geometry, *more)
 
 
-_cached = functools.lru_cache(maxsize=4096)(_made)
+_known: dict[Any, tuple[tuple[Any, ...], Any]] = {}
+"""By the arguments of `_options`, the sizes themselves and the result."""
 
 
 def _options(op: Conv2d, weight: Any, sizes: tuple[Any, ...], more: tuple[Any, ...]) -> Any:
     """Always the same object for the same arguments; None where torch would object."""
-    exact = not is_dynamo_compiling() and all([_is_exact(size) for size in sizes])
-    return (_cached if exact else _made)(
-        op, tuple(weight.shape[2:]) if isinstance(weight, torch.Tensor) else (), sizes, more
-    )
+    kernel = tuple(weight.shape)[2:] if isinstance(weight, torch.Tensor) else ()
+    if is_dynamo_compiling():
+        return _made(op, kernel, sizes, more)
+    key = op, kernel, sizes, more
+    try:
+        found = _known.get(key)
+    except TypeError:  # a list
+        return _made(op, kernel, sizes, more)
+    if found is not None and all(map(operator.is_, found[0], sizes)):  # a layer's are the same objects at every call
+        return found[1]
+    if not all([_is_exact(size) for size in sizes]):
+        return _made(op, kernel, sizes, more)
+    if found is None:
+        if len(_known) >= 4096:
+            _known.clear()
+        found = _known[key] = sizes, _made(op, kernel, sizes, more)
+    return found[1]
 
 
 def convolve(op: Conv2d, tensors: Tensors, sizes: tuple[Any, ...]) -> torch.Tensor:
@@ -422,7 +437,7 @@ def conv_joined(
 
 def memory_formats(
     records: Sequence[Conv2d], input: torch.Tensor, weights: Sequence[torch.Tensor], groups: Sequence[int]
-) -> list[bool | None]:
+) -> Sequence[bool | None]:
     """For convolutions in a row: which results to leave in channels_last, so that an NCHW image is converted only once. The last
     one's is torch's choice; what lies between two of them nobody sees. None stands for torch's choice.
 
@@ -430,19 +445,32 @@ def memory_formats(
         records, weights, groups: of each convolution.
         input: of the first one.
     """
-    dims = records[0].dims
-    nothing: list[bool | None] = [None] * len(records)
+    nothing = [None] * len(records)
     tensors = (input, *weights)
     plain = all([isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested for t in tensors])
-    if not plain or type(input) is not torch.Tensor or input.dim() not in (dims + 1, dims + 2) or input.numel() == 0:
+    if not plain or type(input) is not torch.Tensor:
         return nothing
-    if any([op.dims != dims or w.dim() != dims + 2 for op, w in zip(records, weights, strict=True)]):
-        return nothing
+    formats = _formats if is_dynamo_compiling() else _cached_formats
+    sizes = tuple([(t.shape, t.stride()) for t in tensors])
+    return formats(tuple(records), input.dtype, sizes, tuple(groups)) or nothing
+
+
+def _formats(records: Any, dtype: torch.dtype, sizes: Any, groups: Any) -> Sequence[bool | None] | None:
+    """The same as a function of sizes and strides; None: all are torch's choice."""
+    dims = records[0].dims
+    input, *weights = [Out(shape, dtype, strides) for shape, strides in sizes]
+    if len(input.shape) not in (dims + 1, dims + 2) or 0 in input.shape:
+        return None
+    if any([op.dims != dims or len(w.shape) != dims + 2 for op, w in zip(records, weights, strict=True)]):
+        return None
     # Of a single channel, or in float64, torch's choice isn't passed on from layer to layer.
     channels = [op.channels(w, n) for op, w, n in zip(records, weights, groups, strict=True)]
-    if input.dtype == torch.float64 or 1 in channels[:-1]:
-        return nothing
+    if dtype == torch.float64 or 1 in channels[:-1]:
+        return None
     chosen = _is_channels_last(weights[-1], dims)
     if dims > 1:
         chosen = _is_channels_last(input, dims) or any([_is_channels_last(w, dims) for w in weights])
-    return [*[True for _ in weights[:-1]], chosen]
+    return (*[True for _ in weights[:-1]], chosen)
+
+
+_cached_formats = functools.lru_cache(maxsize=4096)(_formats)
