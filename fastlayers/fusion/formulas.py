@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -75,7 +75,8 @@ def _curve(name: str, x: Polynomial) -> Polynomial:
     return Polynomial({frozenset({((name, x.key), 1)}): 1.0})
 
 
-_X = Polynomial({frozenset({("x", 1)}): 1.0})
+_TERM = frozenset({("x", 1)})
+_X = Polynomial({_TERM: 1.0})
 _CUBE = _number(math.sqrt(2 / math.pi)) * (_X + _number(0.044715) * _X * _X * _X)
 _HALF = _number(0.5) * _X
 _ACTIVATIONS: dict[Any, tuple[Any, dict[str, Any]]] = {
@@ -134,13 +135,25 @@ def _activation(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dic
     for x in _inputs(node):
         seen: dict[fx.Node, None] = {}
         found = _polynomial(node, x, seen)
-        if found is not None and found.key in _ACTIVATIONS:
-            function, kwargs = _ACTIVATIONS[found.key]
-            return [*seen], function, (x,), kwargs
+        if found is not None:
+            function, kwargs = _ACTIVATIONS.get(found.key) or _swish(found, x, seen)
+            if function is not None:
+                return [*seen], function, (x,), kwargs
     return None
 
 
-_FUNCTIONS = {function for function, _ in _ACTIVATIONS.values()}
+def _swish(found: Polynomial, x: fx.Node, seen: Iterable[fx.Node]) -> tuple[Any, dict[str, Any]]:
+    """Our function and its argument if this is x * sigmoid(factor * x). The factor is that of the sigmoid's own argument, since a
+    key has but five digits."""
+    for node in seen:
+        inner = _polynomial(node.args[0], x, {}) if _name(node) == "sigmoid" else None
+        factor = 0.0 if inner is None or len(inner.terms) != 1 else inner.terms.get(_TERM, 0.0)
+        if factor and math.isfinite(factor) and found.key == (_X * _curve("sigmoid", _number(factor) * _X)).key:
+            return functional.swish, {"factor": factor}
+    return None, {}
+
+
+_FUNCTIONS = {functional.swish, *[function for function, _ in _ACTIVATIONS.values()]}
 
 
 def activation_expression(input: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:

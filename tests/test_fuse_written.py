@@ -1,0 +1,162 @@
+"""What a model writes out in torch's functions and operators, found by what it computes; and what only looks like it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fuse_in_place import WIDTH, assert_as_torch, fused
+from torch import nn
+
+import fastlayers
+from fastlayers.fusion import local
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+@pytest.fixture(autouse=True)
+def _auto() -> Any:
+    with fastlayers.policy("auto"):
+        yield
+
+
+@pytest.fixture
+def x(device: torch.device) -> torch.Tensor:
+    return torch.randn(2, 5, WIDTH, device=device)
+
+
+def ops(model: nn.Module, *args: Any) -> list[str]:
+    return [d.op for d in fastlayers.explain(model, *args)]
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+SCALE = math.sqrt(2.0 / math.pi)
+WRITTEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str | None]] = {
+    "new": (lambda x: 0.5 * x * (1.0 + torch.tanh(SCALE * (x + 0.044715 * torch.pow(x, 3.0)))), "gelu_tanh"),
+    "fast": (lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))), "gelu_tanh"),
+    "erf": (lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))), "gelu"),
+    "silu": (lambda x: x * torch.sigmoid(x), "silu"),
+    "mish": (lambda x: x * F.softplus(x).tanh(), "mish"),
+    "hardswish": (lambda x: x * F.relu6(x + 3.0) / 6.0, "hardswish"),
+    "another constant": (lambda x: 0.5 * x * (1.0 + torch.tanh(0.79 * (x + 0.044715 * x**3))), None),
+    "quick": (lambda x: x * torch.sigmoid(1.702 * x), "swish"),
+    "quick, divided": (lambda x: torch.sigmoid(x / -0.6123456789) * x, "swish"),
+    "a shifted sigmoid": (lambda x: x * torch.sigmoid(1.702 * x + 0.01), None),
+    "a scaled product": (lambda x: 2 * x * torch.sigmoid(1.702 * x), None),
+    "a factor that is a tensor": (lambda x: x * torch.sigmoid(x.mean() * x), None),
+}
+
+
+class Written(nn.Module):
+    def __init__(self, function: Any):
+        super().__init__()
+        self.linear, self.function = nn.Linear(WIDTH, 7), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.linear(x) - 0.25)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_activations(name: str, x: torch.Tensor) -> None:
+    function, found = WRITTEN[name]
+    theirs = Written(function).to(x.device)
+    ours, paths = fused(theirs)
+    assert paths == ([""] if found else [])
+    assert_as_torch(ours, theirs, x)
+    assert ops(ours, x) == (["linear", found] if found else ["linear"])
+
+
+class QuickGELU(nn.Module):
+    """The activation of CLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.702
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(self.factor * x)
+
+
+class ClipsMlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.activation_fn, self.fc2 = nn.Linear(WIDTH, 20), QuickGELU(), nn.Linear(20, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
+def test_an_activation_that_is_written_out_joins_its_linear(x: torch.Tensor, launched: list[str]) -> None:
+    """In one function for autograd, with as many launches as of a SiLU; another factor is seen at the next call."""
+    theirs = ClipsMlp().to(x.device)
+    ours, found = fused(theirs)
+    assert found == [""]
+    assert_as_torch(ours, theirs, x)
+    assert ops(ours, x) == ["linear"]
+    ours.activation_fn.factor = theirs.activation_fn.factor = -0.3  # type: ignore[assignment]
+    assert_as_torch(ours, theirs, x)
+    assert ops(ours, x) == ["linear"]
+
+    same = fastlayers.nn.Sequential(nn.Linear(WIDTH, 20), nn.SiLU(), nn.Linear(20, WIDTH)).to(x.device)
+    fastlayers.accelerate(same)
+    times = []
+    for model in (ours, same):
+        launched.clear()
+        model(x).sum().backward()
+        times.append(len(launched))
+    assert times[0] == times[1] > 0
+
+
+def test_an_activation_with_a_hook_or_of_a_subclass_stays_by_itself(x: torch.Tensor) -> None:
+    class Shifted(QuickGELU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    theirs = ClipsMlp().to(x.device)
+    ours, _ = fused(theirs)
+    ours(x)
+    seen: list[int] = []
+    ours.activation_fn.register_forward_hook(lambda m, args, y: seen.append(y.shape[-1]))
+    assert_as_torch(ours, theirs, x)
+    assert {*seen} == {20} and ops(ours, x) == ["linear", "QuickGELU", "linear"]
+    ours.activation_fn, theirs.activation_fn = Shifted(), Shifted()
+    assert_as_torch(ours, theirs, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_an_activation_of_other_dtypes(dtype: torch.dtype, x: torch.Tensor) -> None:
+    class Alone(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.sigmoid(1.702 * x)
+
+    ours, given = fused(Alone())[0], (4 * x).to(dtype)
+    y, exact = ours(given), Alone()(given.double())
+    assert y.dtype == Alone()(given).dtype
+    torch.testing.assert_close(y.double(), exact, rtol=4 * torch.finfo(y.dtype).eps, atol=0)
+
+
+def test_copies_of_what_was_written_out(x: torch.Tensor) -> None:
+    ours, _ = fused(ClipsMlp().to(x.device))
+    y = ours(x)
+    for way in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        assert torch.equal(way(ours)(x), y)
+        graph = way(fastlayers.fuse(ours))
+        assert torch.equal(graph(x), y) and ops(graph, x) == ["linear"]
+    fastlayers.restore(ours)
+    assert not local.is_fused(ours) and ours.state_dict().keys() == ClipsMlp().state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own
+def test_a_compiled_graph_of_what_was_written_out(x: torch.Tensor) -> None:
+    theirs = ClipsMlp().to(x.device)
+    ours = copy.deepcopy(theirs)
+    fastlayers.accelerate(ours)
+    whole: Any = torch.compile(fastlayers.fuse(ours), backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), theirs(x), rtol=1e-5, atol=1e-5)
