@@ -303,7 +303,10 @@ def replace(finder: Finder) -> int:
             call.meta["is_expression"] = function in _FUNCTIONS
         last.replace_all_uses_with(call)
         for node in sorted(nodes, key=finder.order.__getitem__, reverse=True):
+            asked = [n for n in node.all_input_nodes if n.target is getattr and n.args[1] == "dtype"]
             finder.graph.erase_node(node)
+            for unused in [n for n in asked if not n.users]:  # of a conversion that is part of ours now
+                finder.graph.erase_node(unused)
     return len(found)
 
 

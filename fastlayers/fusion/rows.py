@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from .. import _torch
 from ..ops.activation import CALLS, Activation
-from . import plan
+from ..ops.norm import rms_norm_expression
+from . import norm, plan
 
 _SUMS = (operator.add, torch.add, "add")
 _KNOWN = ("torch", "fastlayers", "builtins", "math", "_operator")
@@ -119,7 +120,9 @@ class Finder:
         """The one node that takes the last one's result; of a sum's several, the norm that can be joined with it."""
         users = sorted(last.node.users, key=self.order.__getitem__)
         if len(users) > 1 and last.role == "add":
-            users = [u for u in users if u.op == "call_module" and plan.follows_sum(self._role(u))][:1]
+            norms = [u for u in users if plan.follows_sum(self._role(u))][:1]
+            # The weight of a norm that is written out may be computed after the sum: then nobody may ask for that before.
+            users = [user for user in norms if user.op == "call_module" or user is users[0]]
         elif last.role == "add" and len(users) == 1 and not self._continues(users[0]):
             return None
         return users[0] if len(users) == 1 else None
@@ -128,14 +131,17 @@ class Finder:
         return self._role(node) is not None or activation_of(node) is not None
 
     def _role(self, node: fx.Node) -> str | None:
-        """What the class of the module that it calls, with one input and nothing else, stands for."""
+        """What a norm that is written out stands for, or the class of the module that it calls with one input and nothing else."""
+        if node.target is rms_norm_expression:
+            return norm.WRITTEN
         alone = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
         return plan.role(type(self.modules[str(node.target)])) if alone else None
 
     def _member(self, node: fx.Node, before: fx.Node | None) -> _Member | None:
-        if node.op == "call_module":
-            role = self._role(node)
-            return None if role is None else _Member(node, role, str(node.target))
+        role = self._role(node)
+        if node.op == "call_module" or role is not None:
+            part = str(node.target) if node.op == "call_module" else role
+            return None if role is None else _Member(node, role, part)
         if before is not None:
             added = self._added(node, before)
             if added is not None:
@@ -197,7 +203,8 @@ class Finder:
         """Put a call of `run` in the place of these nodes."""
         first, last = row[0], row[-1]
         with_sum = len(row[-2].node.users) > 1
-        at = row[-2].node if with_sum else last.node  # where the others look for the sum, or where the result is
+        # Where the others look for the sum, or where the result is.
+        at = row[-2].node if with_sum and last.node.op == "call_module" else last.node
         with self.graph.inserting_before(at):
             parts = [self._argument(member) for member in row]
             call = self.graph.call_function(self.calls.run, (first.node.args[first.input], with_sum, *parts))
@@ -215,6 +222,8 @@ class Finder:
         """What `run` is given for it."""
         if member.node.op == "call_module":
             return self.graph.get_attr(member.part)
+        if member.role == norm.WRITTEN:
+            return (member.part, *member.node.args[1:])
         return (member.part, member.node.args[member.residual]) if member.role == "add" else member.part
 
 
