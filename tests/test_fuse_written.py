@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fuse_in_place import WIDTH, GemmasNorm, LlamasNorm, T5sNorm, assert_as_torch, fused
+from test_fuse_in_place import WIDTH, GemmasNorm, LlamasNorm, T5sNorm, Transposed, assert_as_torch, fused
 from torch import nn
 
 import fastlayers
@@ -291,3 +291,95 @@ def test_second_derivatives_of_a_sum_and_its_norm(x: torch.Tensor) -> None:
         found.append(torch.autograd.grad(slope.square().sum(), [given, *model.parameters()]))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+# --- GPT-2's Conv1D ---------------------------------------------------------------------------------------------------
+
+
+class Gpt2sMlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj, self.dropout = Transposed(WIDTH, 20), Transposed(20, WIDTH), nn.Dropout(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.c_fc(x)
+        x = 0.5 * x * (1.0 + torch.tanh(SCALE * (x + 0.044715 * torch.pow(x, 3.0))))
+        return self.dropout(self.c_proj(x))
+
+
+def test_transposed_linears_and_their_activation(x: torch.Tensor, launched: list[str]) -> None:
+    """One function for autograd, with as many launches as of two Linear: no weight is copied."""
+    theirs = Gpt2sMlp().to(x.device)
+    ours, found = fused(theirs)
+    assert found == [""]
+    assert_as_torch(ours, theirs, x)
+    decision = fastlayers.explain(ours, x).decisions[0]
+    assert (decision.module, decision.op) == ("addmm + gelu_tanh + addmm", "linear")
+    same = fastlayers.nn.Sequential(nn.Linear(WIDTH, 20), nn.GELU("tanh"), nn.Linear(20, WIDTH)).to(x.device)
+    fastlayers.accelerate(same)
+    times = []
+    for model in (ours, same):
+        launched.clear()
+        model(x).sum().backward()
+        times.append(len(launched))
+    assert times[0] == times[1] > 0
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(x), ours(x))
+    graph = fastlayers.fuse(ours)
+    assert torch.equal(pickle.loads(pickle.dumps(graph))(x), ours(x))
+
+
+def test_transposed_linears_as_the_model_has_them(x: torch.Tensor) -> None:
+    """An input that can't be viewed as a matrix is refused as ever, and a weight of another size; hooks see what they saw."""
+    theirs = Gpt2sMlp().to(x.device)
+    ours, _ = fused(theirs)
+    ours(x)
+    for given in (x[:, :0], x[0, 0], x[:1, :1]):
+        assert ours(given).shape == theirs(given).shape
+    for model in (theirs, ours):
+        with pytest.raises(RuntimeError, match="view size is not compatible"):
+            model(x.transpose(0, 1))
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            model(x[..., :5].contiguous())
+    seen: list[int] = []
+    ours.c_fc.register_forward_hook(lambda m, args, y: seen.append(y.shape[-1]))
+    assert_as_torch(ours, theirs, x)
+    assert {*seen} == {20}
+    for model in (theirs, ours):
+        model.c_proj.weight = nn.Parameter(torch.ones(20, 4, device=x.device))
+        with pytest.raises(RuntimeError):
+            model(x)
+
+
+class Reused(Gpt2sMlp):
+    """Needs what lies between."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.c_fc(x)
+        return self.c_proj(F.gelu(y)) + y.mean(-1, keepdim=True)
+
+
+def test_a_transposed_linear_whose_result_is_needed(x: torch.Tensor) -> None:
+    theirs = Reused().to(x.device)
+    ours, _ = fused(theirs)
+    assert_as_torch(ours, theirs, x)
+
+
+class Swapped(nn.Module):
+    """What a layer gives is another one's weight, and a sum its norm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH) / 4)
+        self.eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.first(x[0, 0].expand(WIDTH, -1))
+        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), w).view(x.size()[:-1] + (WIDTH,))
+        scale = x[0, 0] + self.bias
+        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps) * scale
+
+
+def test_what_follows_as_a_weight(x: torch.Tensor) -> None:
+    theirs = Swapped().to(x.device)
+    ours, _ = fused(theirs)
+    assert_as_torch(ours, theirs, x)

@@ -14,6 +14,7 @@ from torch import fx
 from .. import _originals, functional
 from .. import _torch_functional as F
 from ..ops.norm import rms_norm_expression
+from .linear import transposed_linear
 from .rows import Finder
 
 __all__ = ["replace"]
@@ -273,6 +274,39 @@ def product_with_bias(bias: torch.Tensor, input: torch.Tensor, weight: torch.Ten
     return torch.addmm(bias, input, weight)
 
 
+def _is_size(node: Any, x: fx.Node, key: Any) -> list[fx.Node] | None:
+    """The nodes of `x.shape[key]` or `x.size()[key]`; of a number also those of `x.size(key)`."""
+    if not isinstance(node, fx.Node) or node.kwargs:
+        return None
+    if node.op == "call_method" and node.target == "size" and node.args == (x, key):
+        return [node]
+    shape = node.args[0] if node.target is operator.getitem and node.args[1] == key else None
+    if not isinstance(shape, fx.Node):
+        return None
+    method = shape.op == "call_method" and shape.target == "size" and shape.args == (x,) and not shape.kwargs
+    return [shape, node] if method or (shape.target is getattr and shape.args == (x, "shape")) else None
+
+
+def _conv1d(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dict[str, Any]] | None:
+    """torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(x.size()[:-1] + (size,))."""
+    if _addmm(node) is None:
+        return None
+    bias, rows, weight = node.args
+    last = _only(node)
+    views = [v for v in (rows, last) if isinstance(v, fx.Node) and v.op == "call_method" and v.target == "view"]
+    if len(views) != 2 or any([v.kwargs for v in views]) or len(rows.args) != 3 or len(last.args) != 2:  # type: ignore[union-attr]
+        return None
+    (x, minus, features), total = rows.args, last.args[1]  # type: ignore[union-attr]
+    joined = isinstance(total, fx.Node) and total.target is operator.add and isinstance(total.args[1], tuple)
+    if minus != -1 or last.args[0] is not node or not isinstance(x, fx.Node) or not joined:  # type: ignore[union-attr]
+        return None
+    inner, outer = _is_size(features, x, -1), _is_size(total.args[0], x, slice(None, -1, None))  # type: ignore[union-attr]
+    if inner is None or outer is None or len(total.args[1]) != 1:  # type: ignore[union-attr, arg-type]
+        return None
+    nodes = [*inner, *outer, rows, total, node, last]
+    return nodes, transposed_linear, (x, weight, bias, total.args[1][0]), {}  # type: ignore[union-attr, return-value]
+
+
 def _addmm(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dict[str, Any]] | None:
     plain = node.target in (torch.addmm, "addmm") and len(node.args) == 3 and not node.kwargs
     return ([node], product_with_bias, node.args, {}) if plain else None
@@ -295,13 +329,15 @@ def replace_functions(graph: fx.Graph) -> int:
 def replace(finder: Finder) -> int:
     """Put calls of ours in the place of all that is written out in a graph; how many there are."""
     found = [*_found(finder)]
+    calls: dict[Any, fx.Node] = {}  # by the node that each one stands for, which may be an argument of a later one
     for nodes, function, args, kwargs in found:
         last = max(nodes, key=finder.order.__getitem__)
         with finder.graph.inserting_before(last):
-            call = finder.graph.call_function(function, args, kwargs)
+            call = finder.graph.call_function(function, tuple([calls.get(arg, arg) for arg in args]), kwargs)
             call.meta["is_wrapped"] = True
             call.meta["is_expression"] = function in _FUNCTIONS
         last.replace_all_uses_with(call)
+        calls[last] = call
         for node in sorted(nodes, key=finder.order.__getitem__, reverse=True):
             asked = [n for n in node.all_input_nodes if n.target is getattr and n.args[1] == "dtype"]
             finder.graph.erase_node(node)
@@ -313,7 +349,7 @@ def replace(finder: Finder) -> int:
 def _found(finder: Finder) -> Iterator[Any]:
     taken: set[fx.Node] = set()
     for node in finder.nodes:
-        for rule in (_activation, _rms_norm, _addmm):
+        for rule in (_activation, _rms_norm, _conv1d, _addmm):
             found = rule(node)
             if found is not None and taken.isdisjoint(found[0]) and _may_move(finder, found[0]):
                 taken.update(found[0])

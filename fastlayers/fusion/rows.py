@@ -16,7 +16,7 @@ from torch import fx, nn
 from .. import _torch
 from ..ops.activation import CALLS, Activation
 from ..ops.norm import rms_norm_expression
-from . import norm, plan
+from . import linear, norm, plan
 
 _SUMS = (operator.add, torch.add, "add")
 _KNOWN = ("torch", "fastlayers", "builtins", "math", "_operator")
@@ -51,6 +51,20 @@ class _Member(NamedTuple):
     """Which of the node's arguments comes from the node before it."""
     residual: int = 0
     """Which of them is the residual. Not the argument itself, which an earlier row may replace."""
+
+
+class _Written(NamedTuple):
+    """What stands for a layer that is written out."""
+
+    role: str
+    part: str
+
+
+_WRITTEN: dict[Any, _Written] = {
+    rms_norm_expression: _Written(norm.WRITTEN, norm.WRITTEN),
+    linear.transposed_linear: _Written("linear", linear.WRITTEN),
+}
+"""By the function that computes it, whose first argument is the layer's input."""
 
 
 class Finder:
@@ -110,6 +124,8 @@ class Finder:
                 self.modules[str(node.target)], "inplace", False
             )  # others see it written
             return None if member is None or member.role == "activation" or late else member
+        if node.target is linear.transposed_linear:
+            return self._member(node, None)
         first = node.args[0] if node.args else None
         if isinstance(first, fx.Node) and node.target in _SUMS:
             member = self._member(node, first)
@@ -131,17 +147,21 @@ class Finder:
         return self._role(node) is not None or activation_of(node) is not None
 
     def _role(self, node: fx.Node) -> str | None:
-        """What a norm that is written out stands for, or the class of the module that it calls with one input and nothing else."""
-        if node.target is rms_norm_expression:
-            return norm.WRITTEN
+        """What the class of the module that it calls, with one input and nothing else, stands for; or a layer that is
+        written out."""
+        if node.target in _WRITTEN:
+            return _WRITTEN[node.target].role
         alone = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
         return plan.role(type(self.modules[str(node.target)])) if alone else None
 
     def _member(self, node: fx.Node, before: fx.Node | None) -> _Member | None:
-        role = self._role(node)
-        if node.op == "call_module" or role is not None:
-            part = str(node.target) if node.op == "call_module" else role
-            return None if role is None else _Member(node, role, part)
+        if node.target in _WRITTEN:
+            x, *others = node.args
+            as_input = before is None or (x is before and all([arg is not before for arg in others]))
+            return _Member(node, *_WRITTEN[node.target]) if as_input else None
+        if node.op == "call_module":
+            role = self._role(node)
+            return None if role is None else _Member(node, role, str(node.target))
         if before is not None:
             added = self._added(node, before)
             if added is not None:
@@ -171,7 +191,9 @@ class Finder:
 
     def is_layer(self, node: fx.Node, role: str) -> bool:
         """Whether it calls a module of this role with one input and nothing else, or an activation's function."""
-        return self._role(node) == role or (role == "activation" and activation_of(node) is not None)
+        if role == "activation" and activation_of(node) is not None:
+            return True
+        return node.op == "call_module" and self._role(node) == role
 
     def called(self, nodes: Iterable[fx.Node]) -> list[nn.Module]:
         """The modules that these nodes call."""
@@ -222,7 +244,7 @@ class Finder:
         """What `run` is given for it."""
         if member.node.op == "call_module":
             return self.graph.get_attr(member.part)
-        if member.role == norm.WRITTEN:
+        if member.node.target in _WRITTEN:
             return (member.part, *member.node.args[1:])
         return (member.part, member.node.args[member.residual]) if member.role == "add" else member.part
 

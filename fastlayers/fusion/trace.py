@@ -15,7 +15,7 @@ from torch.fx.node import has_side_effect, map_arg
 
 from .. import _torch
 from ..ops.activation import Activation
-from . import allowed, formulas, gated_mlp, norm, plan
+from . import allowed, formulas, gated_mlp, linear, norm, plan
 from .activation import layer_of
 from .interpret import Interpreter, Left
 from .rows import Calls, Finder
@@ -84,8 +84,9 @@ def fuse(model: nn.Module) -> fx.GraphModule:
 
 def run(input: torch.Tensor, with_sum: bool, *parts: Any) -> Any:
     """What a Sequential of these parts computes. Each part is a module, an activation that the model calls as a function, a
-    residual and a word for how it is added: "add" (x + residual), "radd" (residual + x) or "iadd" (x += residual), or what an
-    RMSNorm that is written out is given after its input. `with_sum`: the result, and the sum that its last layer was given."""
+    residual and a word for how it is added: "add" (x + residual), "radd" (residual + x) or "iadd" (x += residual), or a word for
+    an RMSNorm or a Linear that is written out, and what it is given after its input. `with_sum`: the result, and the sum that its
+    last layer was given."""
     row = [_layer(part) for part in parts]
     return plan.run_with_sum(row, input) if with_sum else plan.run(row, input)
 
@@ -96,6 +97,8 @@ def _layer(part: Any) -> Any:
     word, residual, *options = part
     if word == norm.WRITTEN:
         return norm.Written(residual, tuple(options))
+    if word == linear.WRITTEN:
+        return linear.Transposed(residual, *options)
     if word == "radd":
         return plan.Residual(residual, lambda x: residual + x)
     return plan.Residual(residual, lambda x: getattr(operator, word)(x, residual), inplace=word == "iadd")
