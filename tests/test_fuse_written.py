@@ -383,3 +383,82 @@ def test_what_follows_as_a_weight(x: torch.Tensor) -> None:
     theirs = Swapped().to(x.device)
     ours, _ = fused(theirs)
     assert_as_torch(ours, theirs, x)
+
+
+# --- shapes that are unpacked -----------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Views in heads and back, as Llama's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.size = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = x.shape[:-1]
+        heads = (*shape, -1, self.size)
+        y = F.silu(self.first(x)).view(heads).transpose(1, 2)
+        return self.last(y.transpose(1, 2).reshape(*shape, -1))
+
+
+def test_shapes_that_are_unpacked(x: torch.Tensor) -> None:
+    """Of any number of dimensions, though the graph was made for another one."""
+    theirs = Heads().to(x.device)
+    ours, found = fused(theirs)
+    assert found == [""]
+    for given in (x, x[:1], x[:, None]):
+        assert_as_torch(ours, theirs, given)
+    assert fastlayers.explain(ours, x).decisions[0].module == "first + silu"
+    ours.size = theirs.size = 3
+    assert_as_torch(ours, theirs, x)
+    graph = fastlayers.fuse(ours)
+    assert torch.equal(pickle.loads(pickle.dumps(graph))(x), ours(x))
+
+
+class Edited(Heads):
+    """A list that is edited after it was put into a tuple."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = [self.size]
+        both = (*x.shape[:-1], sizes)
+        sizes.append(2)
+        return self.last(F.silu(self.first(x))) * len(both[-1])
+
+
+class Named(Heads):
+    """Arguments that are unpacked into a function, which isn't known to take any number of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(F.silu(self.first(x))) * torch.add(*x.shape[:2])
+
+
+class Emptied(nn.Module):
+    """Unpacks a list before a part of it empties that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.first = Emptying(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, sizes: Any) -> torch.Tensor:
+        both = (*sizes, self.part(sizes))
+        return F.silu(self.first(x)).reshape(*both)
+
+
+class Emptying(nn.Module):
+    def forward(self, sizes: Any) -> int:
+        while sizes:
+            sizes.pop()
+        return -1
+
+
+def test_what_is_unpacked_and_edited(x: torch.Tensor) -> None:
+    for layer in (Edited, Named):
+        theirs = layer().to(x.device)
+        ours, _ = fused(theirs)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        with pytest.raises(torch.fx.proxy.TraceError, match=r"may be edited|how many there are"):
+            fastlayers.fuse(theirs)
+    theirs = Emptied().to(x.device)
+    ours, _ = fused(theirs)
+    assert ours(x, [5, 2]).shape == theirs(x, [5, 2]).shape == (5, 2, WIDTH)
