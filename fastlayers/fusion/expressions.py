@@ -157,8 +157,8 @@ class Expressions:
         return self._tuple(node, node.elts)
 
     def _tuple(self, node: ast.AST, elements: Sequence[ast.expr]) -> Any:
-        """The elements as a tuple. If one of them is `*x`, and x is only known at a call, so is the tuple. x is unpacked where its
-        turn comes, since what follows may change it."""
+        """The elements as a tuple. If one of them is `*x`, and x is only known at a call, so is the tuple. x is unpacked where it
+        stands, since what follows may change it."""
         parts: list[Any] = []
         for element in elements:
             if not isinstance(element, ast.Starred):
