@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from test_fuse_in_place import WIDTH, GemmasNorm, LlamasNorm, T5sNorm, Transposed, assert_as_torch, fused
 from torch import nn
+from torch.fx.proxy import TraceError
 
 import fastlayers
 from fastlayers.fusion import local
@@ -457,7 +458,7 @@ def test_what_is_unpacked_and_edited(x: torch.Tensor) -> None:
         theirs = layer().to(x.device)
         ours, _ = fused(theirs)
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-        with pytest.raises(torch.fx.proxy.TraceError, match=r"may be edited|how many there are"):
+        with pytest.raises(TraceError, match=r"may be edited|how many there are"):
             fastlayers.fuse(theirs)
     theirs = Emptied().to(x.device)
     ours, _ = fused(theirs)

@@ -342,10 +342,10 @@ class Expressions:
             return self.interpreter.parent(self, node)
         args = self._tuple(node, node.args)
         if isinstance(args, fx.Node):
-            owner = function.owner if isinstance(function, MethodOf) else None
-            if not isinstance(owner, fx.Node) or function.name not in _SHAPING or node.keywords:
+            owner, name = (function.owner, function.name) if isinstance(function, MethodOf) else (None, "")
+            if not isinstance(owner, fx.Node) or name not in _SHAPING or node.keywords:
                 raise self.refuse(node, "takes arguments of which only a call knows how many there are")
-            return self.interpreter.note(self, node, call_method, (owner, function.name, args))
+            return self.interpreter.note(self, node, call_method, (owner, name, args))
         args = [*args]
         kwargs: dict[str, Any] = {}
         for keyword in node.keywords:
