@@ -234,6 +234,18 @@ def silu_grad(dy, x, A):
 
 
 @triton.jit
+def swish(x, A):
+    return x * _logistic(x * A[0])
+
+
+@triton.jit
+def swish_grad(dy, x, A):
+    s = _logistic(x * A[0])
+    # The sigmoids are multiplied first, because their product is 0 where x times the factor overflows.
+    return dy * (s + A[0] * (x * (s * (1 - s))))
+
+
+@triton.jit
 def _mish_parts(x):
     """e = exp(x), and n = e (e + 2) with 1 / (n + 2): tanh(log(1 + e)) = n / (n + 2). Beyond the bound it is 1 without e, whose
     square might overflow."""

@@ -24,6 +24,7 @@ OPTIONS: dict[str, list[tuple[float, ...]]] = {
     "leaky_relu": [(0.01,), (-2.0,), (0.0,)],
     "softplus": [(1.0, 20.0), (2.5, 1.0)],
     "softshrink": [(0.5,), (0.7,)],
+    "swish": [(1.702,), (-0.7,)],
     "threshold": [(0.5, -1.0), (0.1, 20.0), (0.7, 0.7)],
 }
 """Of activations that have some, in torch's order."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -206,38 +204,6 @@ def test_rms_norm_by_torch(x: torch.Tensor, launched: list[str]) -> None:
         module.weight = nn.Parameter(torch.ones(1, device=x.device))
     assert torch.equal(ours(x), theirs(x))
     assert not launched
-
-
-SCALE = math.sqrt(2.0 / math.pi)
-WRITTEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str | None]] = {
-    "new": (lambda x: 0.5 * x * (1.0 + torch.tanh(SCALE * (x + 0.044715 * torch.pow(x, 3.0)))), "gelu_tanh"),
-    "fast": (lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))), "gelu_tanh"),
-    "erf": (lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))), "gelu"),
-    "silu": (lambda x: x * torch.sigmoid(x), "silu"),
-    "mish": (lambda x: x * F.softplus(x).tanh(), "mish"),
-    "hardswish": (lambda x: x * F.relu6(x + 3.0) / 6.0, "hardswish"),
-    "another constant": (lambda x: 0.5 * x * (1.0 + torch.tanh(0.79 * (x + 0.044715 * x**3))), None),
-    "another number": (lambda x: x * torch.sigmoid(1.702 * x), None),
-}
-
-
-class Written(nn.Module):
-    def __init__(self, function: Any):
-        super().__init__()
-        self.linear, self.function = nn.Linear(WIDTH, 7), function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(self.linear(x) - 0.25)
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_activations(name: str, x: torch.Tensor) -> None:
-    function, found = WRITTEN[name]
-    theirs = Written(function).to(x.device)
-    ours, paths = fused(theirs)
-    assert paths == ([""] if found else [])
-    assert_as_torch(ours, theirs, x)
-    assert [d.op for d in fastlayers.explain(ours, x)] == (["linear", found] if found else ["linear"])
 
 
 def test_a_product_with_a_bias(x: torch.Tensor, launched: list[str]) -> None:

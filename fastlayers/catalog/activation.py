@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
+
+import torch
 
 from ..fusion.plan import Role
 from ..ops.activation import Activation, _pointwise, joined
 from ..ops.gated import _glu, _prelu
+from ..ops.smooth import swish
 from .row import Case, Make, Row, case, rows_of
 
 
@@ -15,6 +19,17 @@ def _role(function: str, *options: str) -> Role:
     if not options:
         return Role("activation", Activation(function))
     return Role("activation", of=lambda layer: joined(function, *[getattr(layer, name) for name in options]))
+
+
+class Swish(torch.nn.Module):
+    """As models write it, of torch's functions; with fastlayers.nn, one call of ours."""
+
+    def __init__(self, nn: Any, factor: float):
+        super().__init__()
+        self.factor, self.joined = factor, nn is not torch.nn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return swish(x, self.factor) if self.joined else x * torch.sigmoid(self.factor * x)
 
 
 def _matrix(make: Make) -> Case:
@@ -117,6 +132,15 @@ ROWS = (
         cases=dict(
             matrix=_matrix(lambda nn: nn.SiLU()),
             after_linear=case(lambda nn: nn.Sequential(nn.Linear(7, 6), nn.SiLU(), nn.Linear(6, 5)), (4, 7)),
+        ),
+    ),
+    _row(
+        "swish",
+        f"`x * sigmoid(factor * x)`, as `fuse` finds it of CLIP's QuickGELU; {_ANY}, any factor; infinities and NaN as torch",
+        "nothing else",
+        function="swish",
+        cases=dict(
+            matrix=_matrix(lambda nn: Swish(nn, 1.702)),
         ),
     ),
     _row(

@@ -16,7 +16,7 @@ from torch.fx.proxy import TraceError
 
 from . import source
 from .state import ATOMS
-from .values import MethodOf, Text, has_node, is_known
+from .values import MethodOf, Text, call_method, has_mutable, has_node, is_known, join
 
 BINARY: dict[type, Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -31,6 +31,8 @@ _COMPARE: dict[type, Any] = {
 }  # fmt: skip
 
 
+_SHAPING = ("expand", "permute", "repeat", "reshape", "view")
+"""Methods that may be given any number of arguments, `x.view(*shape, -1)`: they take sizes or dimensions, and write nothing."""
 _STEPS = 100_000
 """Statements after which a loop is taken for endless."""
 
@@ -151,8 +153,27 @@ class Expressions:
                 found.append(self.value(node))
         return found
 
-    def of_Tuple(self, node: ast.Tuple) -> tuple[Any, ...]:
-        return tuple(self._elements(node.elts))
+    def of_Tuple(self, node: ast.Tuple) -> Any:
+        return self._tuple(node, node.elts)
+
+    def _tuple(self, node: ast.AST, elements: Sequence[ast.expr]) -> Any:
+        """The elements as a tuple. If one of them is `*x`, and x is only known at a call, so is the tuple. x is unpacked where it
+        stands, since what follows may change it."""
+        parts: list[Any] = []
+        for element in elements:
+            if not isinstance(element, ast.Starred):
+                parts.append((self.value(element),))
+                continue
+            value = self.value(element.value)
+            one = isinstance(value, fx.Node)
+            parts.append(
+                self.interpreter.note(self, element, tuple, (value,)) if one else (*self.iterate_value(element, value),)
+            )
+        if not any([isinstance(part, fx.Node) for part in parts]):
+            return tuple([value for part in parts for value in part])
+        if has_mutable(tuple([part for part in parts if not isinstance(part, fx.Node)])):
+            raise self.refuse(node, "puts what may be edited into a tuple that is only known at a call")
+        return self.interpreter.note(self, node, join, parts)
 
     def of_List(self, node: ast.List) -> Any:
         return self.interpreter.created(self._elements(node.elts))
@@ -319,7 +340,13 @@ class Expressions:
             function = self.value(node.func)
         if function is super and not node.args and not node.keywords:
             return self.interpreter.parent(self, node)
-        args = self._elements(node.args)
+        args = self._tuple(node, node.args)
+        if isinstance(args, fx.Node):
+            owner, name = (function.owner, function.name) if isinstance(function, MethodOf) else (None, "")
+            if not isinstance(owner, fx.Node) or name not in _SHAPING or node.keywords:
+                raise self.refuse(node, "takes arguments of which only a call knows how many there are")
+            return self.interpreter.note(self, node, call_method, (owner, name, args))
+        args = [*args]
         kwargs: dict[str, Any] = {}
         for keyword in node.keywords:
             value = self.value(keyword.value)

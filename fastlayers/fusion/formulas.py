@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .. import _originals, functional
 from .. import _torch_functional as F
 from ..ops.norm import rms_norm_expression
 from .activation import as_floating
+from .linear import transposed_linear
 from .rows import Finder
 
 __all__ = ["replace"]
@@ -76,7 +77,8 @@ def _curve(name: str, x: Polynomial) -> Polynomial:
     return Polynomial({frozenset({((name, x.key), 1)}): 1.0})
 
 
-_X = Polynomial({frozenset({("x", 1)}): 1.0})
+_TERM = frozenset({("x", 1)})
+_X = Polynomial({_TERM: 1.0})
 _CUBE = _number(math.sqrt(2 / math.pi)) * (_X + _number(0.044715) * _X * _X * _X)
 _HALF = _number(0.5) * _X
 _ACTIVATIONS: dict[Any, tuple[Any, dict[str, Any]]] = {
@@ -135,13 +137,25 @@ def _activation(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dic
     for x in _inputs(node):
         seen: dict[fx.Node, None] = {}
         found = _polynomial(node, x, seen)
-        if found is not None and found.key in _ACTIVATIONS:
-            function, kwargs = _ACTIVATIONS[found.key]
-            return [*seen], function, (x,), kwargs
+        if found is not None:
+            function, kwargs = _ACTIVATIONS.get(found.key) or _swish(found, x, seen)
+            if function is not None:
+                return [*seen], function, (x,), kwargs
     return None
 
 
-_FUNCTIONS = {function for function, _ in _ACTIVATIONS.values()}
+def _swish(found: Polynomial, x: fx.Node, seen: Iterable[fx.Node]) -> tuple[Any, dict[str, Any]]:
+    """Our function and its argument if this is x * sigmoid(factor * x). The factor is that of the sigmoid's own argument, since a
+    key has but five digits."""
+    for node in seen:
+        inner = _polynomial(node.args[0], x, {}) if _name(node) == "sigmoid" else None
+        factor = 0.0 if inner is None or len(inner.terms) != 1 else inner.terms.get(_TERM, 0.0)
+        if factor and math.isfinite(factor) and found.key == (_X * _curve("sigmoid", _number(factor) * _X)).key:
+            return functional.swish, {"factor": factor}
+    return None, {}
+
+
+_FUNCTIONS = {functional.swish, *[function for function, _ in _ACTIVATIONS.values()]}
 
 
 def activation_expression(input: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
@@ -259,6 +273,39 @@ def product_with_bias(bias: torch.Tensor, input: torch.Tensor, weight: torch.Ten
     return torch.addmm(bias, input, weight)
 
 
+def _is_size(node: Any, x: fx.Node, key: Any) -> list[fx.Node] | None:
+    """The nodes of `x.shape[key]` or `x.size()[key]`; of a number also those of `x.size(key)`."""
+    if not isinstance(node, fx.Node) or node.kwargs:
+        return None
+    if node.op == "call_method" and node.target == "size" and node.args == (x, key):
+        return [node]
+    shape = node.args[0] if node.target is operator.getitem and node.args[1] == key else None
+    if not isinstance(shape, fx.Node):
+        return None
+    method = shape.op == "call_method" and shape.target == "size" and shape.args == (x,) and not shape.kwargs
+    return [shape, node] if method or (shape.target is getattr and shape.args == (x, "shape")) else None
+
+
+def _conv1d(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dict[str, Any]] | None:
+    """torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(x.size()[:-1] + (size,))."""
+    if _addmm(node) is None:
+        return None
+    bias, rows, weight = node.args
+    last = _only(node)
+    views = [v for v in (rows, last) if isinstance(v, fx.Node) and v.op == "call_method" and v.target == "view"]
+    if len(views) != 2 or any([v.kwargs for v in views]) or len(rows.args) != 3 or len(last.args) != 2:  # type: ignore[union-attr]
+        return None
+    (x, minus, features), total = rows.args, last.args[1]  # type: ignore[union-attr]
+    joined = isinstance(total, fx.Node) and total.target is operator.add and isinstance(total.args[1], tuple)
+    if minus != -1 or last.args[0] is not node or not isinstance(x, fx.Node) or not joined:  # type: ignore[union-attr]
+        return None
+    inner, outer = _is_size(features, x, -1), _is_size(total.args[0], x, slice(None, -1, None))  # type: ignore[union-attr]
+    if inner is None or outer is None or len(total.args[1]) != 1:  # type: ignore[union-attr, arg-type]
+        return None
+    nodes = [*inner, *outer, rows, total, node, last]
+    return nodes, transposed_linear, (x, weight, bias, total.args[1][0]), {}  # type: ignore[union-attr, return-value]
+
+
 def _addmm(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dict[str, Any]] | None:
     plain = node.target in (torch.addmm, "addmm") and len(node.args) == 3 and not node.kwargs
     return ([node], product_with_bias, node.args, {}) if plain else None
@@ -278,22 +325,27 @@ def replace_functions(graph: fx.Graph) -> int:
 def replace(finder: Finder) -> int:
     """Put calls of ours in the place of all that is written out in a graph; how many there are."""
     found = [*_found(finder)]
+    calls: dict[Any, fx.Node] = {}  # by the node that each one stands for, which may be an argument of a later one
     for nodes, function, args, kwargs in found:
         last = max(nodes, key=finder.order.__getitem__)
         with finder.graph.inserting_before(last):
-            call = finder.graph.call_function(function, args, kwargs)
+            call = finder.graph.call_function(function, tuple([calls.get(arg, arg) for arg in args]), kwargs)
             call.meta["is_wrapped"] = True
             call.meta["is_expression"] = function in _FUNCTIONS
         last.replace_all_uses_with(call)
+        calls[last] = call
         for node in sorted(nodes, key=finder.order.__getitem__, reverse=True):
+            asked = [n for n in node.all_input_nodes if n.target is getattr and n.args[1] == "dtype"]
             finder.graph.erase_node(node)
+            for unused in [n for n in asked if not n.users]:  # of a conversion that is part of ours now
+                finder.graph.erase_node(unused)
     return len(found)
 
 
 def _found(finder: Finder) -> Iterator[Any]:
     taken: set[fx.Node] = set()
     for node in finder.nodes:
-        for rule in (_activation, _rms_norm, _addmm):
+        for rule in (_activation, _rms_norm, _conv1d, _addmm):
             found = rule(node)
             if found is not None and taken.isdisjoint(found[0]) and _may_move(finder, found[0]):
                 taken.update(found[0])

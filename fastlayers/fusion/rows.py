@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from .. import _torch
 from ..ops.activation import CALLS, Activation
-from . import plan
+from ..ops.norm import rms_norm_expression
+from . import linear, norm, plan
 
 _SUMS = (operator.add, torch.add, "add")
 _KNOWN = ("torch", "fastlayers", "builtins", "math", "_operator")
@@ -50,6 +51,20 @@ class _Member(NamedTuple):
     """Which of the node's arguments comes from the node before it."""
     residual: int = 0
     """Which of them is the residual. Not the argument itself, which an earlier row may replace."""
+
+
+class _Written(NamedTuple):
+    """What stands for a layer that is written out."""
+
+    role: str
+    part: str
+
+
+_WRITTEN: dict[Any, _Written] = {
+    rms_norm_expression: _Written(norm.WRITTEN, norm.WRITTEN),
+    linear.transposed_linear: _Written("linear", linear.WRITTEN),
+}
+"""By the function that computes it, whose first argument is the layer's input."""
 
 
 class Finder:
@@ -109,6 +124,8 @@ class Finder:
                 self.modules[str(node.target)], "inplace", False
             )  # others see it written
             return None if member is None or member.role == "activation" or late else member
+        if node.target is linear.transposed_linear:
+            return self._member(node, None)
         first = node.args[0] if node.args else None
         if isinstance(first, fx.Node) and node.target in _SUMS:
             member = self._member(node, first)
@@ -119,7 +136,9 @@ class Finder:
         """The one node that takes the last one's result; of a sum's several, the norm that can be joined with it."""
         users = sorted(last.node.users, key=self.order.__getitem__)
         if len(users) > 1 and last.role == "add":
-            users = [u for u in users if u.op == "call_module" and plan.follows_sum(self._role(u))][:1]
+            norms = [u for u in users if plan.follows_sum(self._role(u))][:1]
+            # The weight of a norm that is written out may be computed after the sum: then nobody may ask for that before.
+            users = [user for user in norms if user.op == "call_module" or user is users[0]]
         elif last.role == "add" and len(users) == 1 and not self._continues(users[0]):
             return None
         return users[0] if len(users) == 1 else None
@@ -128,11 +147,18 @@ class Finder:
         return self._role(node) is not None or activation_of(node) is not None
 
     def _role(self, node: fx.Node) -> str | None:
-        """What the class of the module that it calls, with one input and nothing else, stands for."""
+        """What the class of the module that it calls, with one input and nothing else, stands for; or a layer that is
+        written out."""
+        if node.target in _WRITTEN:
+            return _WRITTEN[node.target].role
         alone = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
         return plan.role(type(self.modules[str(node.target)])) if alone else None
 
     def _member(self, node: fx.Node, before: fx.Node | None) -> _Member | None:
+        if node.target in _WRITTEN:
+            x, *others = node.args
+            as_input = before is None or (x is before and all([arg is not before for arg in others]))
+            return _Member(node, *_WRITTEN[node.target]) if as_input else None
         if node.op == "call_module":
             role = self._role(node)
             return None if role is None else _Member(node, role, str(node.target))
@@ -165,7 +191,9 @@ class Finder:
 
     def is_layer(self, node: fx.Node, role: str) -> bool:
         """Whether it calls a module of this role with one input and nothing else, or an activation's function."""
-        return self._role(node) == role or (role == "activation" and activation_of(node) is not None)
+        if role == "activation" and activation_of(node) is not None:
+            return True
+        return node.op == "call_module" and self._role(node) == role
 
     def called(self, nodes: Iterable[fx.Node]) -> list[nn.Module]:
         """The modules that these nodes call."""
@@ -197,7 +225,8 @@ class Finder:
         """Put a call of `run` in the place of these nodes."""
         first, last = row[0], row[-1]
         with_sum = len(row[-2].node.users) > 1
-        at = row[-2].node if with_sum else last.node  # where the others look for the sum, or where the result is
+        # Where the others look for the sum, or where the result is.
+        at = row[-2].node if with_sum and last.node.op == "call_module" else last.node
         with self.graph.inserting_before(at):
             parts = [self._argument(member) for member in row]
             call = self.graph.call_function(self.calls.run, (first.node.args[first.input], with_sum, *parts))
@@ -215,6 +244,8 @@ class Finder:
         """What `run` is given for it."""
         if member.node.op == "call_module":
             return self.graph.get_attr(member.part)
+        if member.node.target in _WRITTEN:
+            return (member.part, *member.node.args[1:])
         if member.role == "add":
             return member.part, member.node.args[member.residual]
         return activation_part(member.node, member.part)

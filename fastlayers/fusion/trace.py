@@ -15,7 +15,7 @@ from torch.fx.node import has_side_effect, map_arg
 
 from .. import _torch
 from ..ops.activation import Activation
-from . import allowed, formulas, gated_mlp, plan
+from . import allowed, formulas, gated_mlp, linear, norm, plan
 from .activation import layer_of
 from .interpret import Interpreter, Left
 from .rows import Calls, Finder
@@ -85,7 +85,8 @@ def fuse(model: nn.Module) -> fx.GraphModule:
 def run(input: torch.Tensor, with_sum: bool, *parts: Any) -> Any:
     """What a Sequential of these parts computes. Each part is a module, an activation that the model calls as a function, or a
     word and what it says something of: "expression" and an activation that the model writes out; "add" (x + residual), "radd"
-    (residual + x) or "iadd" (x += residual) and a residual. `with_sum`: the result, and the sum that its last layer was given."""
+    (residual + x) or "iadd" (x += residual) and a residual; or a word for an RMSNorm or a Linear that is written out, and what it
+    is given after its input. `with_sum`: the result, and the sum that its last layer was given."""
     row = [_layer(part) for part in parts]
     return plan.run_with_sum(row, input) if with_sum else plan.run(row, input)
 
@@ -93,7 +94,11 @@ def run(input: torch.Tensor, with_sum: bool, *parts: Any) -> Any:
 def _layer(part: Any) -> Any:
     if isinstance(part, Activation) or not isinstance(part, tuple) or part[0] == "expression":
         return layer_of(part)
-    word, residual = part
+    word, residual, *options = part
+    if word == norm.WRITTEN:
+        return norm.Written(residual, tuple(options))
+    if word == linear.WRITTEN:
+        return linear.Transposed(residual, *options)
     if word == "radd":
         return plan.Residual(residual, lambda x: residual + x)
     return plan.Residual(residual, lambda x: getattr(operator, word)(x, residual), inplace=word == "iadd")

@@ -120,3 +120,13 @@ def unpack(value: Any, count: int) -> tuple[Any, ...]:
         few = f"not enough values to unpack (expected {count}, got {len(values)})"
         raise ValueError(few if len(values) < count else f"too many values to unpack (expected {count})")
     return values
+
+
+def join(*parts: Any) -> tuple[Any, ...]:
+    """What (*a, *b, ...) is."""
+    return tuple([value for part in parts for value in part])
+
+
+def call_method(owner: Any, name: str, args: tuple[Any, ...]) -> Any:
+    """owner.name(*args)."""
+    return getattr(owner, name)(*args)

@@ -114,6 +114,7 @@ RULES: dict[str, Rule] = {
         F.softshrink, lambda dy, y, lambd: torch.where(y == 0, 0.0, dy), _is_exact, rounds=("gradient",)
     ),
     "softsign": Rule(F.softsign, lambda dy, y: dy * (1 - y.abs()).square()),
+    "swish": Rule(lambda x, factor: x * torch.sigmoid(factor * x)),
     "tanh": Rule(torch.tanh, lambda dy, y: dy * (1 - y * y), keeps="output"),
     "tanhshrink": Rule(F.tanhshrink),
     "threshold": Rule(
@@ -237,6 +238,7 @@ CALLS: dict[str, Callable[..., Activation]] = {
     "softplus": _softplus,
     "softshrink": _softshrink,
     "softsign": lambda: Activation("softsign"),
+    "swish": lambda factor: Activation("swish", _numbers(factor)),
     "tanh": lambda: Activation("tanh"),
     "tanhshrink": lambda: Activation("tanhshrink"),
     "threshold": lambda threshold, value, inplace=False: Activation("threshold", _numbers(threshold, value)),

@@ -216,20 +216,24 @@ class AddNorm(Operation):
     def reference(self, *args: Any) -> Any:
         raise NotImplementedError("a joined call, which is never made of torch's functions")
 
+    def _norm(self, options: Any) -> Operation:
+        """What the sum goes into. Its options are the first ones."""
+        return _layer_norm if options.center else _rms_norm
+
     def probe(self, options: Any) -> autocast.Probe | None:
-        return _norm(options).autocast
+        return self._norm(options).autocast
 
     def unsupported(self, t: Any, options: Any) -> str | None:
         if t.residual.shape != t.input.shape:
             return "a residual that is broadcast"
         if not (t.input.is_contiguous() and t.residual.is_contiguous()):
             return "a sum whose strides torch would choose by those of its terms"
-        if autocast.dtype_after(_norm(options).autocast, t.input) is not t.input.dtype:
+        if autocast.dtype_after(self._norm(options).autocast, t.input) is not t.input.dtype:
             return "autocast, which concerns the normalisation and not the sum"
-        return _norm(options).unsupported(t, options)
+        return self._norm(options).unsupported(t, options)
 
     def label(self, options: Any) -> str:
-        return _norm(options).name
+        return self._norm(options).label(options)
 
     def results(self, options: Any) -> int:
         return 2
@@ -275,18 +279,33 @@ class AddNorm(Operation):
         total, through = dy.sum, needs[0] or needs[1]
         dx = dw = db = None
         if dy.output is not None:
-            norm, last = _norm(options), 4 if options.center else 3
+            norm, last = self._norm(options), 4 if options.center else 3
             alone, of_sum = Named(output=dy.output), Named(saved, input=saved.sum)
             likes, asked = (like[0], *like[2:last]), (through, *needs[2:last])
-            dx, dw, *bias = norm.differentiate(alone, of_sum, likes, options[:3], asked)
+            dx, dw, *bias = norm.differentiate(
+                alone, of_sum, likes, norm.Options(*options[: len(norm.Options._fields)]), asked
+            )
             db = bias[0] if bias else None
         dx = total if dx is None else dx if total is None else dx + total
         return dx if needs[0] else None, dx if needs[1] else None, dw, db
 
 
-def _norm(options: Any) -> Operation:
-    """What the sum goes into."""
-    return _layer_norm if options.center else _rms_norm
+class AddRMSNormExpression(AddNorm):
+    """The same of an RMSNorm that a model writes out, which has no bias."""
+
+    class Options(NamedTuple):  # pyright: ignore[reportIncompatibleVariableOverride]
+        shape: tuple[int, ...]
+        eps: float
+        dtype: torch.dtype | None
+        widens: bool
+        scales_input: bool
+        cast: str
+        to: torch.dtype | None
+        """All as RMSNormExpression's."""
+        center: bool = False
+
+    def _norm(self, options: Any) -> Operation:
+        return _rms_norm_expression
 
 
 def _statistics(options: Any, needs: Sequence[bool]) -> tuple[str, ...]:
@@ -294,7 +313,7 @@ def _statistics(options: Any, needs: Sequence[bool]) -> tuple[str, ...]:
     return () if not any(needs[:3]) else ("mean", "rstd") if options.center else ("rstd",)
 
 
-_add_norm = AddNorm()
+_add_norm, _add_rms_norm_expression = AddNorm(), AddRMSNormExpression()
 
 
 def _are_sizes(shape: Any) -> bool:
@@ -372,3 +391,13 @@ def rms_norm_expression(
 ) -> torch.Tensor:
     """RMSNorm over the last dimension, as a model writes it out (`RMSNormExpression`)."""
     return _rms_norm_expression((input, weight), tuple(input.shape[-1:]), eps, None, widens, scales_input, cast, to)
+
+
+def add_rms_norm_expression(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """rms_norm_expression(input + residual, weight, *options), and the sum, in one pass over memory; None where the kernels don't
+    take both."""
+    tensors = (input, residual, weight, None)
+    eps, *how = options
+    return _add_rms_norm_expression(tensors, tuple(input.shape[-1:]), eps, None, *how, joined=True)

@@ -18,6 +18,7 @@ __all__ = [
     "silu",
     "softplus",
     "softsign",
+    "swish",
     "tanh",
     "tanhshrink",
 ]
@@ -97,6 +98,20 @@ def silu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
         "Sigmoid-weighted linear units", arXiv:1702.03118
     """
     return _pointwise.run((input,), _SILU_INPLACE if inplace else _SILU)
+
+
+def swish(input: torch.Tensor, factor: float) -> torch.Tensor:
+    """input * sigmoid(factor * input), which torch has no function for: QuickGELU with a factor of 1.702, SiLU with 1; -inf gives
+    NaN.
+
+    Shape: any; the result has the strides that torch's operators give it.
+    Dtype: float16, bfloat16, float32, float64, computed in float32 (float64) and rounded once; others by torch.
+    Runs on Triton when: the tensor is a plain one on a GPU (or Triton interprets).
+    Raises: what torch's operators raise.
+    Source: Ramachandran, Zoph and Le, "Searching for Activation Functions", arXiv:1710.05941; Hendrycks and Gimpel,
+        "Gaussian Error Linear Units", arXiv:1606.08415, for the factor of 1.702.
+    """
+    return _pointwise((input,), CALLS["swish"](factor), False)
 
 
 def mish(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
