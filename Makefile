@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow machine coverage exam compile lint docs clean
+.PHONY: demo demo-emulated test slow machine coverage exam compile lint docs clean
 demo: $(VENV)/installed
 	$(BIN)/python -m fastlayers demo
+
+# The same on compiled kernels, in the emulator of tests/ptx_machine: one epoch of each network.
+demo-emulated: $(VENV)/installed
+	$(BIN)/python tests/ptx_machine -m fastlayers demo --epochs 1
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "not slow and not long and not exam"

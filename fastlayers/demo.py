@@ -403,9 +403,11 @@ def main(seed: int, epochs: int | None, file: Path, on: torch.device) -> int:
     start = time.perf_counter()
     interactive = sys.stdout.isatty()
     console = Console(highlight=False, width=None if interactive else 120)
-    interpreted = on.type == "cpu"
-    if interpreted:
-        console.print("No GPU here: our kernels run in Triton's interpreter, on the CPU. Takes about five minutes.\n")
+    without_gpu = on.type == "cpu"
+    if without_gpu:
+        interpreted = "in Triton's interpreter", "about five minutes"
+        where, time_ = interpreted if _kernels.launch.INTERPRETED else ("compiled, in an emulator", "minutes")
+        console.print(f"No GPU here: our kernels run {where}, on the CPU. Takes {time_}.\n")
     else:
         console.print(f"On {torch.cuda.get_device_name(on)}.\n")
     train_data, test_data = digits(on)
@@ -422,8 +424,8 @@ def main(seed: int, epochs: int | None, file: Path, on: torch.device) -> int:
         f'"Farthest from float64": the largest distance of a loss from the same training in float64; for torch.nn, of '
         f"{TWINS} runs\nwhose initial weights are one rounding apart. Rounding explains {SLACK} times that."
     )
-    if interpreted:
-        console.print("The ms are the interpreter's: they say nothing about a GPU.")
+    if without_gpu:
+        console.print("The ms are the CPU's: they say nothing about a GPU.")
     else:
         console.print("The ms are those of tiny networks, and mostly Python's: they say little about large ones.")
     for outcome in outcomes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -46,6 +47,53 @@ def test_kernels_in_the_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", range(SHARES), ids=lambda share: f"half{share % 2}-{share}")
 def test_every_kernel_in_the_machine(share: int, tmp_path: Path) -> None:
     passes_in_the_machine("kernels.py", tmp_path, "-m", "slow", share=f"{share}/{SHARES}")
+
+
+def run_in_the_machine(folder: Path, *program: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(MACHINE), *program]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+PROGRAM = """
+import sys, torch, triton, triton.language as tl
+import fastlayers.functional as F
+
+@triton.jit
+def last(x_ptr):
+    tl.store(x_ptr, tl.program_id(0))
+
+x = torch.tensor([-1.0, 2.0], requires_grad=True)
+F.relu(x).sum().backward()
+print(x.grad.tolist(), sys.argv[1:])
+if sys.argv[1] == "0":
+    last[(2,)](torch.empty(1))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("status", [3, pytest.param(0, marks=pytest.mark.slow)], ids=["fails", "races"])
+def test_a_program_in_the_machine(status: int, tmp_path: Path) -> None:
+    """As Python would run it, but on compiled kernels. Its exit status is the program's, or 1 after a race."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = run_in_the_machine(tmp_path, "--target", "sm_80", "program.py", str(status))
+    assert done.returncode == (status or 1), done.stderr
+    assert done.stdout == f"[0.0, 1.0] ['{status}']\n"
+    assert f"for sm_80: {3 - status // 3} launches" in done.stderr
+    assert " 1 _pointwise_grad_kernel\n" in done.stderr
+    assert ("No race" in done.stderr, "Races:" in done.stderr) == (status > 0, status == 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("epochs", [1], ids=["half0-0"])
+def test_the_demo_in_the_machine(epochs: int, tmp_path: Path) -> None:
+    done = run_in_the_machine(tmp_path, "-m", "fastlayers", "demo", "--epochs", str(epochs))
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    assert "compiled, in an emulator" in done.stdout
+    assert "All networks learned the same" in done.stdout
+    assert done.stderr.endswith("No race, nothing out of bounds.\n")
 
 
 @pytest.mark.skipif(

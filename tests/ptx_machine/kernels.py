@@ -2,7 +2,8 @@
 process of its own.
 
 Every case of the catalog brings its runs, in each dtype and for each target; what layers of these sizes don't reach (tensor
-descriptors, shares of K, transposed products, boxes) follows it. coverage.py keeps which kernels each run has launched.
+descriptors, shares of K, transposed products, boxes) follows it, and whole networks are trained (training.py). coverage.py keeps
+which kernels each run has launched.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fastlayers.kernels.runtime import tiles
 from fastlayers.kernels.runtime.tiles import Tile
 from fastlayers.testing import assert_within_budget, neighbours
 
-from . import bridge, coverage
+from . import bridge, coverage, training
 from .coverage import TARGETS
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16, "f64": torch.float64}
@@ -451,7 +452,16 @@ def _replayed() -> None:
             assert_within_budget(ours, torchs, exact)
 
 
-RUNS = [*_layers(), *_products(), *_convolutions(), *_measured_convolutions(), *_others(), *_with_other_tiles()]
+def _trained() -> Iterator[Run]:
+    """Whole networks; in `make test` two of them."""
+    for (name, network), short, target in itertools.product(training.NETWORKS.items(), ("bf16", "f32"), TARGETS):
+        quick = (name, short, target) in (("MLP", "bf16", "sm_90"), ("ResNet block", "bf16", "sm_90"))
+        call = functools.partial(training.check, network, DTYPES[short])
+        yield Run(f"{name} trained, {short}, {target}", call, quick)
+
+
+_EVERY = (_layers, _products, _convolutions, _measured_convolutions, _others, _with_other_tiles, _trained)
+RUNS = [run for runs in _EVERY for run in runs()]
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ import torch
 
 from . import arithmetic, bridge, samples
 from .samples import product, product_tma, softmax
+from .tensor_cores import operand_pieces
+from .tma import swizzled
 
 Edit = Callable[[str], str]
 
@@ -187,6 +189,19 @@ def test_each_target_has_its_own_code() -> None:
         with bridge.machine(target) as reports:
             assert product()
         assert {report.target for report in reports} == {target + "a" * (target == "sm_90")}
+
+
+@pytest.mark.parametrize("span", [16, 32, 64, 128])
+def test_no_swizzle_has_conflicts(span: int) -> None:
+    """Of a line of 128 bytes that TMA copies every piece stays in that line, and the eight rows of a matrix that wgmma reads
+    lie in all 32 banks: why README.md says that these aren't counted."""
+    pieces = np.arange(64) * 16
+    assert np.array_equal(swizzled(pieces, span) // 128, pieces // 128)
+    for transposed in (False, True):
+        for start in [0] if transposed else range(0, span, 32):
+            at = start + operand_pieces(64, 16, 2, transposed, span, leading=64 * span, stride=8 * span)
+            for matrix in swizzled(at, span).reshape(-1, 8, at.shape[1]):
+                assert (np.sort(matrix // 16 % 8, axis=0) == np.arange(8)[:, None]).all()
 
 
 def test_fma_rounds_once() -> None:
