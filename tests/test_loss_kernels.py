@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastlayers
+import fastlayers.functional as FL
 from fastlayers.kernels import loss
 from fastlayers.kernels.runtime import tiles as _tiles
 from fastlayers.kernels.runtime.tiles import Device, Tile
@@ -173,6 +175,26 @@ def test_strides(device: torch.device) -> None:
     ):
         with _tiles.force(**SMALL):
             same(x, rows, weight, reduction="none", dy=torch.randn((), device=device).expand(8))
+
+
+@pytest.mark.parametrize("of_probabilities", [False, True])
+@pytest.mark.parametrize("strides", [(2**31, 1, 8), (8, 1, 2**31)], ids=str)
+def test_logits_2_31_elements_apart(strides: tuple[int, ...], of_probabilities: bool, device: torch.device) -> None:
+    """Of the memory, only the pages around the logits are ever touched."""
+
+    def apart(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty(2**31 + 64, dtype=t.dtype, device=device).as_strided(t.shape, strides).copy_(t)
+
+    x = torch.randn(2, 8, 2, device=device, dtype=torch.float16)
+    target = probabilities(x) if of_probabilities else classes((2, 2), 8, device)
+    results = []
+    for logits, wanted in ((x, target), (apart(x), apart(target) if of_probabilities else target)):
+        logits.requires_grad_()
+        with fastlayers.policy("triton"):
+            y = FL.cross_entropy(logits, wanted, reduction="none")
+        results.append((y, *torch.autograd.grad(y.sum(), logits)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
