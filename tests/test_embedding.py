@@ -120,6 +120,7 @@ def test_bags_that_make_no_sense_are_nan(device: torch.device) -> None:
         (ValueError, dict(offsets=None)),
         (ValueError, dict(offsets=torch.zeros(1, 1, dtype=torch.int64))),
         (ValueError, dict(input=torch.zeros(2, 3, dtype=torch.int64))),
+        (ValueError, dict(input=torch.zeros(2, 3, dtype=torch.int64), offsets=torch.zeros(2, 1, dtype=torch.int64))),
         (ValueError, dict(per_sample_weights=torch.ones(4), mode="sum")),
         (NotImplementedError, dict(per_sample_weights=torch.ones(5))),
         (RuntimeError, dict(per_sample_weights=torch.ones(5).double(), mode="sum")),
