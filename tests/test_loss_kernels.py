@@ -262,6 +262,17 @@ def test_uint8_targets(device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 3, 4)], ids=str)
+def test_uint8_targets_of_images_are_torchs_error(
+    shape: tuple[int, ...], smoothing: float, device: torch.device
+) -> None:
+    target = torch.zeros(shape[0], *shape[2:], dtype=torch.uint8, device=device)
+    for function in (F.cross_entropy, FL.cross_entropy):
+        with pytest.raises(RuntimeError, match="expected scalar type Long but found Byte"):
+            function(torch.randn(shape, device=device), target, label_smoothing=smoothing)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_positions(reduction: str, device: torch.device) -> None:
     x = torch.empty(0, 7, device=device)
