@@ -4,7 +4,7 @@ With p = softmax(x) along the classes, q the class that is asked for (or the pro
 
     loss = sum_c w_c q_c (log sum exp x - x_c)        dx_c = dy (Q p_c - w_c q_c)        Q = sum_c w_c q_c
 
-Every tensor of logits is seen as (OUTER, C, INNER), a matrix (N, C) as (1, C, N); each of the OUTER * INNER positions has
+Every tensor of logits is seen as (OUTER, C, INNER), a matrix (N, C) or (N, C, 1) as (1, C, N); each of the OUTER * INNER positions has
 one loss, and neighbouring programs take neighbouring stretches of INNER. The logits are read
 once by the forward and once by the backward, and nothing of their size is stored but the gradient. In between, a position
 keeps two numbers, the maximum of its logits and log2 of the sum of exp(x - maximum): one number, log sum exp, would cost
@@ -313,14 +313,16 @@ def statistics_shape(
 
 def _logits(t: torch.Tensor) -> torch.Tensor:
     """(N, C, d1, ...), (N, C) or (C,) as (OUTER, C, INNER): a view where the strides allow one, otherwise a copy."""
-    if t.dim() <= 2:
-        return t.view(1, -1, 1) if t.dim() == 1 else t.T[None]
-    return t.reshape(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
+    if t.dim() == 1:
+        return t.view(1, -1, 1)
+    inner = math.prod(t.shape[2:])
+    return t.reshape(t.shape[:2]).T[None] if inner == 1 else t.reshape(*t.shape[:2], inner)
 
 
 def _losses(t: torch.Tensor) -> torch.Tensor:
     """One number for each position, (N, d1, ...), (N,) or (), as (OUTER, INNER): a view where the strides allow one."""
-    return t.reshape(1, t.numel()) if t.dim() <= 1 else t.reshape(t.shape[0], math.prod(t.shape[1:]))
+    inner = math.prod(t.shape[1:])
+    return t.reshape(1, t.numel()) if inner == 1 else t.reshape(t.shape[0], inner)
 
 
 def _adjoin(x: torch.Tensor) -> bool:

@@ -299,6 +299,17 @@ def test_many_programs_leave_many_sums(device: torch.device) -> None:
         check(torch.randn(20, 3, device=device), classes((20,), 3, device), torch.rand(3, device=device))
 
 
+def test_one_position_a_sample_is_a_matrix(device: torch.device) -> None:
+    """As many programs, whether or not there is a dimension of size 1."""
+    x, target = torch.randn(64, 10, device=device, requires_grad=True), classes((64,), 10, device)
+    explained = []
+    for more in ((), (1,), (1, 1)):
+        logits, wanted = x.view(64, 10, *more), target.view(64, *more)
+        explained.append(str(fastlayers.explain(lambda x, t: FL.cross_entropy(x, t).backward(), logits, wanted)))
+    assert "cross_entropy_grad_kernel" in explained[0]
+    assert explained[0] == explained[1] == explained[2]
+
+
 def test_every_thread_has_whole_lanes() -> None:
     """What a turn of the forward reduces over lies within one thread: no barrier in the loop."""
     for count, positions, itemsize in itertools.product((1, 10, 1000, 50257, 262144), (1, 100, 10**6), (2, 4, 8)):
