@@ -424,7 +424,7 @@ def cross_entropy_grad(
     0 where a position is ignored, NaN where its target is no class. Without the statistics, which more than `RECOMPUTED`
     classes need, the logits are read once more to find them.
 
-    Shape: as for `cross_entropy`, with dy as its out, any strides; dx and dtarget as x, dense. The "mean" of classes needs
+    Shape: as for `cross_entropy`, with dy as its out; dy, dx and dtarget with any strides. The "mean" of classes needs
         the forward's total.
     """
     probabilities = target.is_floating_point()
@@ -441,8 +441,8 @@ def cross_entropy_grad(
         cross_entropy(x, target, weight, None, None, statistics, **options)
     x, target = _logits(x), _logits(target) if probabilities else _losses(target)[:, None]
     outer, classes, inner = x.shape
-    positions = outer * inner
-    dx, dtarget = (None if t is None else _logits(t) for t in (dx, dtarget))
+    positions, results = outer * inner, (dx, dtarget)
+    dx, dtarget = written = [None if t is None else _logits(t) for t in results]
     dy = _losses(dy) if reduction == "none" else dy.expand(outer, inner)
     tile = _grad_tile(x.shape, x.element_size(), _adjoin(x), recomputed=statistics is None)
     unit, unit_dx = _unit(x, target if probabilities else None), _unit(dx, dtarget)
@@ -457,3 +457,6 @@ def cross_entropy_grad(
         UNIT=unit, UNIT_DX=unit_dx, WIDE=launch.wide(x, target, weight, dy, dx, dtarget),
         TILE_P=tile.m, TILE_C=tile.n, num_warps=tile.warps,
     )  # fmt: skip
+    for result, seen in zip(results, written, strict=True):
+        if result is not None and seen is not None and seen.data_ptr() != result.data_ptr():
+            result.copy_(seen.view(result.shape))  # no three dimensions describe it

@@ -299,6 +299,30 @@ def test_many_programs_leave_many_sums(device: torch.device) -> None:
         check(torch.randn(20, 3, device=device), classes((20,), 3, device), torch.rand(3, device=device))
 
 
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 2, 0, 1), (0, 3, 2, 1)], ids=str)
+@pytest.mark.parametrize("of_probabilities", [False, True])
+def test_gradients_lie_as_their_tensors_do(
+    order: tuple[int, ...], of_probabilities: bool, device: torch.device
+) -> None:
+    """In memory, not only in their values; also where no three dimensions describe them."""
+
+    def laid_out(t: torch.Tensor) -> torch.Tensor:
+        inverse = [order.index(d) for d in range(4)]
+        return t.permute(order).contiguous().permute(inverse).detach()
+
+    x = torch.randn(2, 6, 3, 5, device=device)
+    target = probabilities(x) if of_probabilities else classes((2, 3, 5), 6, device)
+    results = []
+    for function, move in ((FL.cross_entropy, laid_out), (F.cross_entropy, torch.Tensor.contiguous)):
+        leaves = [move(t).requires_grad_() for t in (x, target) if t.is_floating_point()]
+        given = leaves if of_probabilities else (*leaves, target)
+        gradients = torch.autograd.grad(function(*given), leaves)
+        if function is FL.cross_entropy:
+            assert [g.stride() for g in gradients] == [t.stride() for t in leaves]
+        results.append(gradients)
+    torch.testing.assert_close(*results)
+
+
 def test_one_position_a_sample_is_a_matrix(device: torch.device) -> None:
     """As many programs, whether or not there is a dimension of size 1."""
     x, target = torch.randn(64, 10, device=device, requires_grad=True), classes((64,), 10, device)

@@ -116,6 +116,9 @@ class CrossEntropy(Operation):
         outputs = [name for name in self.outputs(t, options, needs) if name != "output"]
         return ("input", "target", *(() if t.weight is None else ("weight",)), *outputs)
 
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
+        return tuple(Out.pointwise(t) if need else None for t, need in zip(like, needs, strict=True))
+
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         kernels.cross_entropy_grad(
             dy.output, saved.input, saved.target, saved.weight, saved.total, saved.statistics,
