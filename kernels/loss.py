@@ -4,11 +4,11 @@ With p = softmax(x) along the classes, q the class that is asked for (or the pro
 
     loss = sum_c w_c q_c (log sum exp x - x_c)        dx_c = dy (Q p_c - w_c q_c)        Q = sum_c w_c q_c
 
-Every tensor of logits is seen as (OUTER, C, INNER), a matrix (N, C) or (N, C, 1) as (1, C, N); each of the OUTER * INNER positions has
-one loss, and neighbouring programs take neighbouring stretches of INNER. The logits are read
-once by the forward and once by the backward, and nothing of their size is stored but the gradient. In between, a position
-keeps two numbers, the maximum of its logits and log2 of the sum of exp(x - maximum): one number, log sum exp, would cost
-digits as soon as the logits have a common offset. With up to `RECOMPUTED` classes the backward finds both again.
+Every tensor of logits is seen as (OUTER, C, INNER), those of (N, C) or (N, C, 1) as (1, C, N); each of the OUTER * INNER
+positions has one loss, and neighbouring programs take neighbouring stretches of INNER. The logits are read once by the forward
+and once by the backward, and nothing of their size is stored but the gradient. In between, a position keeps two numbers, the
+maximum of its logits and log2 of the sum of exp(x - maximum): one number, log sum exp, would cost digits as soon as the logits
+have a common offset. With up to `RECOMPUTED` classes the backward finds both again.
 
 Sums over positions are added up in a fixed order, without atomics: results are the same from run to run.
 """
