@@ -324,8 +324,7 @@ def _describe(shape: torch.Size, given: list[torch.Tensor | None], written: list
     padded = iter([[0] * (_DIMENSIONS - len(s)) + s for s in strides])
     each = [(0,) * _DIMENSIONS if t is None else next(padded) for t in (*given, *written)]
     sizes = [1] * (_DIMENSIONS - len(sizes)) + sizes
-    # A program's last step goes beyond the end, by fewer than 2**24 elements.
-    wide = shape.numel() >= 2**31 - 2**24 or launch.wide(*given, *written)
+    wide = launch.wide(*given, *written, elements=shape.numel())
     return _Described(given, written, tuple(sizes[1:]), [s for strides in each for s in strides], flat, wide)
 
 
