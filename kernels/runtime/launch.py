@@ -115,8 +115,8 @@ def numbers(tensor: torch.Tensor) -> list[int]:
 
 def wide(*tensors: torch.Tensor | None, elements: int = 0) -> bool:
     """Whether offsets need 64 bits, because an element lies 2**31 or more elements after the first one of its tensor; or because
-    programs count up to `elements`, and a program's last step beyond them by fewer than 2**24: a number that wrapped would seem to
-    be one of them."""
+    programs count that many `elements`: the last step goes beyond them by fewer than 2**24, and a number that wrapped would seem
+    to be one of them."""
     return elements >= 2**31 - 2**24 or any(
         tensor is not None and sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31
         for tensor in tensors
