@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import fastlayers
 import fastlayers.functional as FL
-from fastlayers.kernels import loss
+from fastlayers.kernels import linear_cross_entropy, loss
+from fastlayers.kernels.runtime import launch as _launch
 from fastlayers.kernels.runtime import tiles as _tiles
 from fastlayers.kernels.runtime.tiles import Device, Tile
 from fastlayers.testing import assert_within_budget, neighbours
@@ -343,3 +344,23 @@ def test_every_thread_has_whole_lanes() -> None:
         tile = loss._forward_tile((1, count, positions), itemsize, False, Device("sm_90", 132))
         assert tile.n == 1
         assert tile.m * itemsize >= 32 * tile.warps * 16 or tile.m >= positions
+
+
+def test_the_workspace_of_a_linear_cross_entropy_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tokens and a large vocabulary; nothing is computed."""
+    rows, classes = 32768, 262144
+    sizes: list[int] = []
+
+    def allocate(shape: Any, strides: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        found = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        sizes.append(found.numel() * found.itemsize)
+        return found
+
+    monkeypatch.setattr(_launch, "launch", lambda *args, **meta: None)
+    monkeypatch.setattr(_launch, "allocate", allocate)
+    x, w = torch.empty(rows, 8, dtype=torch.float16), torch.empty(classes, 8, dtype=torch.float16)
+    target, out = torch.zeros(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float16)
+    linear_cross_entropy.linear_cross_entropy(
+        x, w, None, target, None, out, None, None, ignore_index=-100, reduction="none", precision="ieee"
+    )
+    assert max(sizes) <= 2**27
