@@ -254,8 +254,7 @@ def _meta(
     x1: torch.Tensor, x2: torch.Tensor, tile: Tile, rows: bool, *others: torch.Tensor | None
 ) -> dict[str, object]:
     accumulate = torch.promote_types(torch.promote_types(x1.dtype, x2.dtype), torch.float32)
-    # A program's last tile goes beyond the end, by fewer than 2**24 elements or positions.
-    wide = x1.numel() >= 2**31 - 2**24 or launch.wide(x1, x2, *others)
+    wide = launch.wide(x1, x2, *others, elements=x1.numel())
     acc = tiles.triton_dtype(accumulate)
     return dict(ACC=acc, ROWS=rows, WIDE=wide, TILE_P=tile.m, TILE_D=tile.n, num_warps=tile.warps)
 

@@ -309,7 +309,7 @@ def dropout_chunks(
         _dropout_chunks_kernel, cdiv(size, tile.n * vector),
         x, residual, dense, pointer, size, threads(size, out.device),
         seed, offset, threshold(p, 32, accumulate == torch.float64), scale,
-        ACC=tiles.triton_dtype(accumulate), WIDE=size >= 2**31, VEC=vector, CHUNKS=tile.n, num_warps=tile.warps,
+        ACC=tiles.triton_dtype(accumulate), WIDE=launch.wide(elements=size), VEC=vector, CHUNKS=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     _put(dense, out)
 
@@ -348,7 +348,7 @@ def dropout_lanes(
         dense, x, residual, pointer, size, count,
         seed, offset, threshold(p, 53 if lanes == 2 else 32, accumulate == torch.float64), *numbers,
         SHIFTED=numbers[1:] != (0.0, 0.0), LANES=lanes, ACC=tiles.triton_dtype(accumulate),
-        WIDE=size >= 2**31, TILE=tile.n, num_warps=tile.warps,
+        WIDE=launch.wide(elements=size), TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     _put(dense, out)
 
@@ -368,7 +368,7 @@ def dropout_features(x: torch.Tensor, out: torch.Tensor, factor: torch.Tensor, s
         _dropout_features_kernel, cdiv(size, tile.n),
         x, factor, dense, size, channels, inner, *shifts,
         LAST=last, SHIFTED=shifts != (0.0, 0.0), ACC=tiles.triton_dtype(_accumulate(out)),
-        WIDE=size >= 2**31, TILE=tile.n, num_warps=tile.warps,
+        WIDE=launch.wide(elements=size), TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     _put(dense, out)
 

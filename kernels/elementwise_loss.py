@@ -1,8 +1,9 @@
 """Elementwise losses: a function of the input x and the target t, times a weight, and then the mean or the sum.
 
 A loss is a pair of tile functions, `name(x, t, p, A)` and `name_grad(x, t, p, A)`, which returns the derivatives with respect to
-x and to t. A is a tuple with the loss's options, and p the weight of positive examples, None where there is none. Of the two
-derivatives, the compiler drops the one that isn't stored.
+x and to t. A holds the loss's number, 0 where it has none, which is an argument of the kernels, so that another delta needs no
+other kernel, and its switch, for which they are compiled. p is the weight of positive examples, None where there is none. Of the
+two derivatives, the compiler drops the one that isn't stored.
 
 Sums are added up in a fixed order, without atomics: results are the same from run to run.
 """
@@ -38,7 +39,7 @@ class Loss(Protocol):
 
     @property
     def args(self) -> tuple[float, ...]:
-        """The options of that function."""
+        """The options of that function: at most one number and one switch, in any order."""
         ...
 
 
@@ -58,48 +59,48 @@ def _log1p(x):
 
 
 @triton.jit
-def mse(x, t, p, A: tl.constexpr):
+def mse(x, t, p, A):
     return (x - t) * (x - t)
 
 
 @triton.jit
-def mse_grad(x, t, p, A: tl.constexpr):
+def mse_grad(x, t, p, A):
     return 2 * (x - t), 2 * (t - x)
 
 
 @triton.jit
-def l1(x, t, p, A: tl.constexpr):
+def l1(x, t, p, A):
     return tl.abs(x - t)
 
 
 @triton.jit
-def l1_grad(x, t, p, A: tl.constexpr):
+def l1_grad(x, t, p, A):
     # As torch's sign: 0 where the difference is 0 or NaN.
     sign = tl.where(x - t > 0, 1.0, tl.where(x - t < 0, -1.0, 0.0)).to(x.dtype)
     return sign, -sign
 
 
 @triton.jit
-def smooth_l1(x, t, p, A: tl.constexpr):
+def smooth_l1(x, t, p, A):
     distance = tl.abs(x - t)
     return tl.where(distance < A[0], 0.5 * distance * distance / A[0], distance - 0.5 * A[0])
 
 
 @triton.jit
-def smooth_l1_grad(x, t, p, A: tl.constexpr):
+def smooth_l1_grad(x, t, p, A):
     d = x - t
     dx = tl.where(d <= -A[0], -1.0, tl.where(d >= A[0], 1.0, d / A[0]))
     return dx, -dx
 
 
 @triton.jit
-def huber(x, t, p, A: tl.constexpr):
+def huber(x, t, p, A):
     distance = tl.abs(x - t)
     return tl.where(distance <= A[0], 0.5 * distance * distance, A[0] * (distance - 0.5 * A[0]))
 
 
 @triton.jit
-def huber_grad(x, t, p, A: tl.constexpr):
+def huber_grad(x, t, p, A):
     d = x - t
     dx = tl.where(d <= -A[0], -A[0], tl.where(d >= A[0], A[0], d))
     return dx, -dx
@@ -112,18 +113,18 @@ def _at_least(x, bound):
 
 
 @triton.jit
-def binary_cross_entropy(x, t, p, A: tl.constexpr):
+def binary_cross_entropy(x, t, p, A):
     # Where torch stops the process because x is no probability, one of the logarithms is NaN.
     return (t - 1) * _at_least(_log1p(-x), -100.0) - t * _at_least(tl.log(x), -100.0)
 
 
 @triton.jit
-def binary_cross_entropy_grad(x, t, p, A: tl.constexpr):
+def binary_cross_entropy_grad(x, t, p, A):
     return (x - t) / _at_least((1 - x) * x, 1e-12), _log1p(-x) - tl.log(x)
 
 
 @triton.jit
-def binary_cross_entropy_with_logits(x, t, p, A: tl.constexpr):
+def binary_cross_entropy_with_logits(x, t, p, A):
     softplus = _log1p(tl.exp(-tl.abs(x))) + tl.where(x > 0, 0.0, -x)  # log(1 + exp(-x))
     if p is not None:
         softplus *= 1 + (p - 1) * t
@@ -131,7 +132,7 @@ def binary_cross_entropy_with_logits(x, t, p, A: tl.constexpr):
 
 
 @triton.jit
-def binary_cross_entropy_with_logits_grad(x, t, p, A: tl.constexpr):
+def binary_cross_entropy_with_logits_grad(x, t, p, A):
     e = tl.exp(-tl.abs(x))
     sigmoid = tl.where(x < 0, e, 1.0) / (1 + e)
     if p is not None:
@@ -144,23 +145,23 @@ def binary_cross_entropy_with_logits_grad(x, t, p, A: tl.constexpr):
 
 
 @triton.jit
-def kl_div(x, t, p, A: tl.constexpr):
+def kl_div(x, t, p, A):
     return tl.where(t == 0, 0.0, t * tl.log(t)) - t * x
 
 
 @triton.jit
-def kl_div_grad(x, t, p, A: tl.constexpr):
+def kl_div_grad(x, t, p, A):
     # t / t is NaN where t is 0, as torch's derivative by the target is.
     return -t, tl.log(t) + t / t - x
 
 
 @triton.jit
-def kl_div_of_logs(x, t, p, A: tl.constexpr):
+def kl_div_of_logs(x, t, p, A):
     return tl.exp(t) * (t - x)
 
 
 @triton.jit
-def kl_div_of_logs_grad(x, t, p, A: tl.constexpr):
+def kl_div_of_logs_grad(x, t, p, A):
     e = tl.exp(t)
     return -e, e * (t - x) + e
 
@@ -180,26 +181,26 @@ def _stirling(t, FULL: tl.constexpr):
 
 
 @triton.jit
-def poisson(x, t, p, A: tl.constexpr):
-    value, _ = _stirling(t, A[0])
-    return x - t * tl.log(x + A[1]) + value
+def poisson(x, t, p, A):
+    value, _ = _stirling(t, A[1])
+    return x - t * tl.log(x + A[0]) + value
 
 
 @triton.jit
-def poisson_grad(x, t, p, A: tl.constexpr):
-    _, slope = _stirling(t, A[0])
-    return 1 - t / (x + A[1]), slope - tl.log(x + A[1])
+def poisson_grad(x, t, p, A):
+    _, slope = _stirling(t, A[1])
+    return 1 - t / (x + A[0]), slope - tl.log(x + A[0])
 
 
 @triton.jit
-def poisson_of_log(x, t, p, A: tl.constexpr):
-    value, _ = _stirling(t, A[0])
+def poisson_of_log(x, t, p, A):
+    value, _ = _stirling(t, A[1])
     return tl.exp(x) - t * x + value
 
 
 @triton.jit
-def poisson_of_log_grad(x, t, p, A: tl.constexpr):
-    _, slope = _stirling(t, A[0])
+def poisson_of_log_grad(x, t, p, A):
+    _, slope = _stirling(t, A[1])
     return tl.exp(x) - t, slope - x
 
 
@@ -219,7 +220,8 @@ def _offsets(i, N1, N2, s0, s1, s2, FLAT: tl.constexpr):
 def _elementwise_loss_kernel(
     x_ptr, t_ptr, weight_ptr, p_ptr, out_ptr, partials_ptr,
     SIZE, N1, N2, x_0, x_1, x_2, t_0, t_1, t_2, w_0, w_1, w_2, p_0, p_1, p_2, out_0, out_1, out_2,
-    F: tl.constexpr, A: tl.constexpr, ACC: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    A: tl.float64, SWITCH: tl.constexpr, F: tl.constexpr, ACC: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE elements at a time, stepping over those that other programs take, each read once. It writes their
     losses to out, or the sum of its losses to its place in partials; the other one's pointer is None."""
@@ -236,7 +238,7 @@ def _elementwise_loss_kernel(
         p = None
         if p_ptr is not None:
             p = tl.load(p_ptr + _offsets(i, N1, N2, p_0, p_1, p_2, FLAT), mask=inside, other=0.0).to(ACC)
-        loss = F(x, t, p, A)
+        loss = F(x, t, p, (tl.full((), A, ACC), SWITCH))
         if weight_ptr is not None:
             loss *= tl.load(weight_ptr + _offsets(i, N1, N2, w_0, w_1, w_2, FLAT), mask=inside, other=0.0).to(ACC)
         if out_ptr is not None:
@@ -255,7 +257,7 @@ def _elementwise_loss_grad_kernel(
     SIZE, N1, N2, DIVISOR,
     dy_0, dy_1, dy_2, x_0, x_1, x_2, t_0, t_1, t_2, w_0, w_1, w_2, p_0, p_1, p_2,
     dx_0, dx_1, dx_2, dt_0, dt_1, dt_2,
-    F_GRAD: tl.constexpr, A: tl.constexpr, ACC: tl.constexpr, SCALAR: tl.constexpr,
+    A: tl.float64, SWITCH: tl.constexpr, F_GRAD: tl.constexpr, ACC: tl.constexpr, SCALAR: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE elements, each read once, and written once to dx and dt, of which one may be None. x and t are None where
@@ -281,7 +283,7 @@ def _elementwise_loss_grad_kernel(
         dy = tl.load(dy_ptr + _offsets(i, N1, N2, dy_0, dy_1, dy_2, FLAT), mask=inside, other=0.0).to(ACC)
     if weight_ptr is not None:
         dy *= tl.load(weight_ptr + _offsets(i, N1, N2, w_0, w_1, w_2, FLAT), mask=inside, other=0.0).to(ACC)
-    dx, dt = F_GRAD(x, t, p, A)
+    dx, dt = F_GRAD(x, t, p, (tl.full((), A, ACC), SWITCH))
     if dx_ptr is not None:
         tl.store(
             dx_ptr + _offsets(i, N1, N2, dx_0, dx_1, dx_2, FLAT), (dy * dx).to(dx_ptr.dtype.element_ty), mask=inside
@@ -322,8 +324,7 @@ def _describe(shape: torch.Size, given: list[torch.Tensor | None], written: list
     padded = iter([[0] * (_DIMENSIONS - len(s)) + s for s in strides])
     each = [(0,) * _DIMENSIONS if t is None else next(padded) for t in (*given, *written)]
     sizes = [1] * (_DIMENSIONS - len(sizes)) + sizes
-    # A program's last step goes beyond the end, by fewer than 2**24 elements.
-    wide = shape.numel() >= 2**31 - 2**24 or launch.wide(*given, *written)
+    wide = launch.wide(*given, *written, elements=shape.numel())
     return _Described(given, written, tuple(sizes[1:]), [s for strides in each for s in strides], flat, wide)
 
 
@@ -352,14 +353,20 @@ def elementwise_loss(
         partials = launch.empty((1, programs), dtype=accumulate, device=x.device)
     launch.launch(
         _elementwise_loss_kernel, programs,
-        *given, *written, partials, size, *sizes, *strides,
-        F=globals()[loss.function], A=loss.args, ACC=tiles.triton_dtype(accumulate), FLAT=flat,
+        *given, *written, partials, size, *sizes, *strides, *_options(loss),
+        F=globals()[loss.function], ACC=tiles.triton_dtype(accumulate), FLAT=flat,
         WIDE=wide, TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     if partials is not None:
         sum_losses(out, partials, _divisor(x, reduction))
     elif written[0] is not out:
         out.copy_(written[0])
+
+
+def _options(loss: Loss) -> tuple[float, bool]:
+    """The number and the switch of a loss."""
+    numbers = [a for a in loss.args if type(a) is not bool]
+    return (*numbers, 0.0)[0], True in [a for a in loss.args if type(a) is bool]
 
 
 def _divisor(x: torch.Tensor, reduction: str) -> int:
@@ -391,7 +398,8 @@ def elementwise_loss_grad(
     launch.launch(
         _elementwise_loss_grad_kernel, cdiv(size, tile.n),
         dy if scalar else given[0], *given[1:], *written, size, *sizes, _divisor(like, reduction), *strides,
-        F_GRAD=globals()[loss.function + "_grad"], A=loss.args, ACC=tiles.triton_dtype(accumulate), SCALAR=scalar,
+        *_options(loss),
+        F_GRAD=globals()[loss.function + "_grad"], ACC=tiles.triton_dtype(accumulate), SCALAR=scalar,
         FLAT=flat, WIDE=wide, TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     for result, computed in zip((dx, dtarget), written, strict=True):

@@ -106,7 +106,7 @@ def prelu(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     launch.launch(
         _prelu_kernel, tiles.cdiv(size, tile.n),
         source, weight.contiguous(), dense, size, weight.numel(), 1 if one else dense.stride(1),
-        ONE=one, ACC=tiles.triton_dtype(accumulate), WIDE=size >= 2**31, TILE=tile.n, num_warps=tile.warps,
+        ONE=one, ACC=tiles.triton_dtype(accumulate), WIDE=launch.wide(elements=size), TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     if dense is not out:
         out.copy_(dense)
@@ -145,7 +145,7 @@ def _prelu_grad_of_one(
         programs = partials.numel()
     launch.launch(
         _prelu_grad_kernel, programs, _like(like, dy), _like(like, x), weight, dx, partials, size,
-        ACC=tiles.triton_dtype(accumulate), WIDE=programs * tile.n >= 2**31, TILE=tile.n, num_warps=tile.warps,
+        ACC=tiles.triton_dtype(accumulate), WIDE=launch.wide(elements=programs * tile.n), TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     if partials is not None and dw is not None:
         if lanes > 1:
@@ -235,7 +235,7 @@ def _launch_glu(kernel: object, size: int, half: int, *tensors: torch.Tensor) ->
     accumulate = torch.promote_types(tensors[-1].dtype, torch.float32)
     launch.launch(
         kernel, tiles.cdiv(size, tile.n), *tensors, size, half,
-        ACC=tiles.triton_dtype(accumulate), WIDE=2 * size >= 2**31, TILE=tile.n, num_warps=tile.warps,
+        ACC=tiles.triton_dtype(accumulate), WIDE=launch.wide(elements=2 * size), TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 In the forward the product's epilogue keeps, of each row of its tile, the maximum, the sum of exp(logit - maximum) and the logit
 of the row's class; `_merge_kernel` makes the losses of them. In the backward the same product's epilogue writes the gradient of
-the logits, for a chunk of rows at a time, and two more products make the gradients of x and w of it. So the logits are computed
-twice, from the same numbers in the same precision, and what is rounded is their gradient alone.
+the logits, and two more products make the gradients of x and w of it. Both take a chunk of rows at a time. So the logits are
+computed twice, from the same numbers in the same precision, and what is rounded is their gradient alone.
 
 Sums run in float32, or in float64 for float64, and in a fixed order, without atomics.
 """
@@ -29,10 +29,11 @@ _LOWEST = {torch.float32: torch.finfo(torch.float32).min, torch.float64: torch.f
 _MERGE = Tile(32, 64, warps=4)
 """m rows, n of the maxima and sums that their tiles left."""
 
+_PARTIALS_BYTES = 2**27
 _CHUNK_BYTES = 2**29
 _CHUNK_ROWS = 1024
-"""The gradient of the logits is computed for so many bytes at a time, but never for fewer rows, whose products would be limited
-by reading w and by adding up its gradient."""
+"""What the tiles of logits leave in the forward, and the gradient of the logits, are computed for so many bytes at a time, but
+never for fewer rows, whose products would be limited by reading w and by adding up its gradient."""
 
 
 @triton.jit
@@ -133,11 +134,11 @@ def _linear_cross_entropy_tma_kernel(
 @triton.jit(do_not_specialize=["ignore_index"])
 def _merge_kernel(
     partials_ptr, hit_ptr, target_ptr, weight_ptr, statistics_ptr, out_ptr, sums_ptr,
-    M, N, SLOTS, target_m, weight_n, ignore_index: tl.int64,  # type: ignore[valid-type]
+    M, N, SIZE, SLOTS, PROGRAMS, target_m, weight_n, ignore_index: tl.int64,  # type: ignore[valid-type]
     LOWEST: tl.constexpr, TILE_M: tl.constexpr, TILE_S: tl.constexpr,
 ):  # fmt: skip
     """One program: the losses of TILE_M rows, from what the tiles of logits left. Writes, each unless its pointer is None: the
-    statistics (maximum, log2 of the sum); the losses; its sums of losses and of weights."""
+    statistics (maximum, log2 of the sum), SIZE of each; the losses; its sums of losses and of weights, PROGRAMS of each."""
     m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     slot = tl.arange(0, TILE_S)
     inside = m < M
@@ -157,7 +158,7 @@ def _merge_kernel(
     log_total = tl.log2(total)
     if statistics_ptr is not None:
         tl.store(statistics_ptr + m, top, mask=inside)
-        tl.store(statistics_ptr + M + m, log_total, mask=inside)
+        tl.store(statistics_ptr + SIZE + m, log_total, mask=inside)
     target = tl.load(target_ptr + m * target_m, mask=inside, other=0).to(tl.int64)
     used = target != ignore_index
     exists = (target >= 0) & (target < N)
@@ -172,7 +173,7 @@ def _merge_kernel(
     if sums_ptr is not None:
         tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0), axis=0))
         weights = tl.sum(tl.where(inside & used, weight, 0.0), axis=0)
-        tl.store(sums_ptr + tl.num_programs(0) + tl.program_id(0), weights)
+        tl.store(sums_ptr + PROGRAMS + tl.program_id(0), weights)
 
 
 def _product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None, precision: str) -> picks.Product:
@@ -251,30 +252,47 @@ def linear_cross_entropy(
     Dtype: x, w and bias floating, alike; weight and out floating; target int64 or uint8; total and statistics float32, or
         float64 if x is.
     """
-    m, accumulate = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    m, n, accumulate = x.shape[0], w.shape[0], torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.contiguous()
-    plan = _product(x, w, None, precision)
-    slots = cdiv(w.shape[0], plan.tile.n >> _halves(plan.tile))
-    partials = launch.empty((2, slots, m), dtype=accumulate, device=x.device)
     hit = launch.empty((m,), dtype=accumulate, device=x.device)
-    _launch_logits(plan, x, w, bias, target, weight, size=m, ignore_index=ignore_index, partials=partials, hit=hit)
-    programs, sums = cdiv(m, _MERGE.m), None
+    rows = _chunk(m, 2 * _slots(n, _product(x, w, None, precision)) * accumulate.itemsize, _PARTIALS_BYTES)
+    chunks, sums = range(0, m, max(rows, 1)), None
+    each = cdiv(rows, _MERGE.m)
     if reduction != "none":
-        sums = launch.empty((2, programs), dtype=accumulate, device=x.device)
-    launch.launch(
-        _merge_kernel, programs,
-        partials, hit, target, weight, statistics, out if sums is None else None, sums,
-        m, w.shape[0], slots, target.stride(0), 0 if weight is None else weight.stride(0), ignore_index,
-        LOWEST=_LOWEST[accumulate], TILE_M=_MERGE.m, TILE_S=_MERGE.n, num_warps=_MERGE.warps,
-    )  # fmt: skip
+        sums = launch.empty((2, len(chunks) * each), dtype=accumulate, device=x.device)
+    for i, start in enumerate(chunks):
+        x_, target_, hit_, statistics_, out_, sums_ = x, target, hit, statistics, out, sums
+        if len(chunks) > 1:
+            x_, target_, hit_ = (t[start : start + rows] for t in (x, target, hit))
+            statistics_ = None if statistics is None else statistics.view(2 * m)[start:]
+            out_, sums_ = (out[start:], None) if sums is None else (None, sums.view(sums.numel())[i * each :])
+        plan = _product(x_, w, None, precision)
+        partials = launch.empty((2, _slots(n, plan), len(x_)), dtype=accumulate, device=x.device)
+        _launch_logits(
+            plan, x_, w, bias, target_, weight, size=m, ignore_index=ignore_index, partials=partials, hit=hit_
+        )
+        # The last chunk has as many programs as the others, so that there is a sum in every place.
+        launch.launch(
+            _merge_kernel, each,
+            partials, hit_, target_, weight, statistics_, out_ if sums is None else None, sums_,
+            len(x_), n, m, partials.shape[1], len(chunks) * each,
+            target.stride(0), 0 if weight is None else weight.stride(0), ignore_index,
+            LOWEST=_LOWEST[accumulate], TILE_M=_MERGE.m, TILE_S=_MERGE.n, num_warps=_MERGE.warps,
+        )  # fmt: skip
+        del partials  # before the next chunk's are allocated
     if sums is not None:
         sum_losses(out, sums, 1, total=total, by_weight=reduction == "mean")
 
 
-def _chunk(m: int, n: int, itemsize: int) -> int:
-    """How many rows of the logits' gradient are computed at a time."""
+def _slots(n: int, plan: picks.Product) -> int:
+    """How many parts of tiles, of each of which a row keeps two numbers, n classes have."""
+    return cdiv(n, plan.tile.n >> _halves(plan.tile))
+
+
+def _chunk(m: int, row_bytes: int, most: int) -> int:
+    """How many of m rows are computed at a time, so that they take no more than so many bytes."""
     forced = tiles.ask("linear_cross_entropy_rows", lambda: ())
-    return forced.m if forced is not None else min(m, max(_CHUNK_ROWS, _CHUNK_BYTES // (n * itemsize) // 256 * 256))
+    return forced.m if forced is not None else min(m, max(_CHUNK_ROWS, most // row_bytes // 256 * 256))
 
 
 def linear_cross_entropy_grad(
@@ -308,7 +326,7 @@ def linear_cross_entropy_grad(
     accumulate = torch.promote_types(x.dtype, torch.float32)
     bias, statistics = None if bias is None else bias.contiguous(), statistics.contiguous()
     dy = dy.reshape(m) if reduction == "none" else dy.reshape(1).expand(m)
-    rows = _chunk(m, n, x.element_size())
+    rows = _chunk(m, n * x.element_size(), _CHUNK_BYTES)
     chunks = range(0, m, rows)
     dlogits = launch.empty((min(rows, m), n), dtype=x.dtype, device=x.device)
     sums, shares = dw, None

@@ -4,11 +4,11 @@ With p = softmax(x) along the classes, q the class that is asked for (or the pro
 
     loss = sum_c w_c q_c (log sum exp x - x_c)        dx_c = dy (Q p_c - w_c q_c)        Q = sum_c w_c q_c
 
-Every tensor of logits is seen as (OUTER, C, INNER), a matrix (N, C) as (1, C, N); each of the OUTER * INNER positions has
-one loss, and neighbouring programs take neighbouring stretches of INNER. The logits are read
-once by the forward and once by the backward, and nothing of their size is stored but the gradient. In between, a position
-keeps two numbers, the maximum of its logits and log2 of the sum of exp(x - maximum): one number, log sum exp, would cost
-digits as soon as the logits have a common offset. With up to `RECOMPUTED` classes the backward finds both again.
+Every tensor of logits is seen as (OUTER, C, INNER), those of (N, C) or (N, C, 1) as (1, C, N); each of the OUTER * INNER
+positions has one loss, and neighbouring programs take neighbouring stretches of INNER. The logits are read once by the forward
+and once by the backward, and nothing of their size is stored but the gradient. In between, a position keeps two numbers, the
+maximum of its logits and log2 of the sum of exp(x - maximum): one number, log sum exp, would cost digits as soon as the logits
+have a common offset. With up to `RECOMPUTED` classes the backward finds both again.
 
 Sums over positions are added up in a fixed order, without atomics: results are the same from run to run.
 """
@@ -95,7 +95,7 @@ def _probabilities(pointers, inside, smoothing, C, SMOOTHING: tl.constexpr, ACC:
 @triton.jit(do_not_specialize=["ignore_index"])
 def _cross_entropy_kernel(
     x_ptr, target_ptr, weight_ptr, out_ptr, partials_ptr, statistics_ptr,
-    POSITIONS, INNER, UNITS, x_outer, x_c, x_inner, target_outer, target_c, target_inner, weight_c, out_outer, out_inner,
+    POSITIONS, INNER, C, x_outer, x_c, x_inner, target_outer, target_c, target_inner, weight_c, out_outer, out_inner,
     ignore_index: tl.int64, label_smoothing: tl.float64,  # type: ignore[valid-type]
     ACC: tl.constexpr, LOWEST: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
     UNIT: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr,
@@ -106,7 +106,7 @@ def _cross_entropy_kernel(
     Writes, each unless its pointer is None: the losses; the program's sum of losses and of the targets' weights; the
     statistics (maximum, log2 of the sum, and Q where it depends on the position).
     """
-    C = UNITS * UNIT
+    C = C // UNIT * UNIT
     pid = tl.program_id(0)
     tiles_p = tl.cdiv(INNER, TILE_P)
     outer = (pid // tiles_p).to(tl.int64)
@@ -120,12 +120,12 @@ def _cross_entropy_kernel(
         inner, block = inner.to(tl.int64), block.to(tl.int64)
     inner = inner * TILE_P + tl.arange(0, TILE_P)
     p_inside = inner < INNER
-    x_ptr += outer * (x_outer * UNIT)
-    row = inner * (x_inner * UNIT)
+    x_ptr += outer * (x_outer // UNIT * UNIT)
+    row = inner * (x_inner // UNIT * UNIT)
     smoothing = tl.full((), label_smoothing, ACC)
     if PROBABILITIES:
-        target_ptr += outer * (target_outer * UNIT)
-        target_row = (inner * (target_inner * UNIT))[:, None, None]
+        target_ptr += outer * (target_outer // UNIT * UNIT)
+        target_row = (inner * (target_inner // UNIT * UNIT))[:, None, None]
 
     maximum = tl.full((TILE_P, LANES), LOWEST, ACC)
     total = tl.zeros((TILE_P, LANES), ACC)
@@ -205,7 +205,7 @@ def _cross_entropy_kernel(
 @triton.jit(do_not_specialize=["ignore_index"])
 def _cross_entropy_grad_kernel(
     x_ptr, target_ptr, weight_ptr, total_ptr, statistics_ptr, dy_ptr, dx_ptr, dtarget_ptr,
-    POSITIONS, INNER, UNITS, DIVISOR,
+    POSITIONS, INNER, C, DIVISOR,
     x_outer, x_c, x_inner, target_outer, target_c, target_inner, weight_c, dy_outer, dy_inner,
     dx_outer, dx_c, dx_inner, dtarget_outer, dtarget_c, dtarget_inner,
     ignore_index: tl.int64, label_smoothing: tl.float64,  # type: ignore[valid-type]
@@ -216,7 +216,7 @@ def _cross_entropy_grad_kernel(
 
     Without statistics the tile holds all classes, and the program finds them itself.
     """
-    C = UNITS * UNIT
+    C = C // UNIT * UNIT
     tiles_c = tl.cdiv(C, TILE_C)
     tiles_p = tl.cdiv(INNER, TILE_P)
     pid_p = tl.program_id(0) // tiles_c
@@ -229,16 +229,16 @@ def _cross_entropy_grad_kernel(
     p_inside = inner < INNER
     c_inside = c < C
     inside = p_inside[:, None] & c_inside
-    x_ptr += outer * (x_outer * UNIT)
-    row = inner * (x_inner * UNIT)
+    x_ptr += outer * (x_outer // UNIT * UNIT)
+    row = inner * (x_inner // UNIT * UNIT)
     x = tl.load(x_ptr + (row[:, None] + c * x_c), mask=inside, other=float("-inf")).to(ACC)
     smoothing = tl.full((), label_smoothing, ACC)
     weights = tl.full((1, 1), 1.0, ACC)
     if (PROBABILITIES or SMOOTHING) and weight_ptr is not None:
         weights = tl.load(weight_ptr + c * weight_c, mask=c_inside, other=0.0).to(ACC)
     if PROBABILITIES:
-        target_ptr += outer * (target_outer * UNIT)
-        row = inner * (target_inner * UNIT)
+        target_ptr += outer * (target_outer // UNIT * UNIT)
+        row = inner * (target_inner // UNIT * UNIT)
         q = weights * _probabilities(target_ptr + (row[:, None] + c * target_c), inside, smoothing, C, SMOOTHING, ACC)
 
     if statistics_ptr is None:
@@ -284,16 +284,16 @@ def _cross_entropy_grad_kernel(
             else:
                 dx += uniform[:, None] * (C * softmax - 1)
     if dx_ptr is not None:
-        dx_ptr += outer * (dx_outer * UNIT_DX)
-        offsets = (inner * (dx_inner * UNIT_DX))[:, None] + c * dx_c
+        dx_ptr += outer * (dx_outer // UNIT_DX * UNIT_DX)
+        offsets = (inner * (dx_inner // UNIT_DX * UNIT_DX))[:, None] + c * dx_c
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if dtarget_ptr is not None:
         dtarget = (log_total * _LN2)[:, None] - (x - maximum[:, None])
         dtarget *= dy[:, None] * weights
         if SMOOTHING:
             dtarget *= 1 - smoothing
-        dtarget_ptr += outer * (dtarget_outer * UNIT_DX)
-        offsets = (inner * (dtarget_inner * UNIT_DX))[:, None] + c * dtarget_c
+        dtarget_ptr += outer * (dtarget_outer // UNIT_DX * UNIT_DX)
+        offsets = (inner * (dtarget_inner // UNIT_DX * UNIT_DX))[:, None] + c * dtarget_c
         tl.store(dtarget_ptr + offsets, dtarget.to(dtarget_ptr.dtype.element_ty), mask=inside)
 
 
@@ -313,14 +313,16 @@ def statistics_shape(
 
 def _logits(t: torch.Tensor) -> torch.Tensor:
     """(N, C, d1, ...), (N, C) or (C,) as (OUTER, C, INNER): a view where the strides allow one, otherwise a copy."""
-    if t.dim() <= 2:
-        return t.view(1, -1, 1) if t.dim() == 1 else t.T[None]
-    return t.reshape(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
+    if t.dim() == 1:
+        return t.view(1, -1, 1)
+    inner = math.prod(t.shape[2:])
+    return t.reshape(t.shape[:2]).T[None] if inner == 1 else t.reshape(*t.shape[:2], inner)
 
 
 def _losses(t: torch.Tensor) -> torch.Tensor:
     """One number for each position, (N, d1, ...), (N,) or (), as (OUTER, INNER): a view where the strides allow one."""
-    return t.reshape(1, t.numel()) if t.dim() <= 1 else t.reshape(t.shape[0], math.prod(t.shape[1:]))
+    inner = math.prod(t.shape[1:])
+    return t.reshape(1, t.numel()) if inner == 1 else t.reshape(t.shape[0], inner)
 
 
 def _adjoin(x: torch.Tensor) -> bool:
@@ -328,19 +330,18 @@ def _adjoin(x: torch.Tensor) -> bool:
     return x.stride(1) == 1 or x.shape[1] == 1
 
 
-def _strides(t: torch.Tensor | None, dimensions: int, unit: int = 1) -> tuple[int, ...]:
-    """The strides to hand over, those of positions in units; 0 where a dimension of size 1 has any."""
+def _strides(t: torch.Tensor | None, dimensions: int) -> tuple[int, ...]:
+    """The strides to hand over; 0 where a dimension of size 1 has any."""
     if t is None:
         return (0,) * dimensions
-    strides = tuple(s if n > 1 else 0 for n, s in zip(t.shape, t.stride(), strict=True))
-    return strides if unit == 1 else (strides[0] // unit, strides[1], strides[2] // unit)
+    return tuple(s if n > 1 else 0 for n, s in zip(t.shape, t.stride(), strict=True))
 
 
 def _unit(*tensors: torch.Tensor | None) -> int:
     """How many classes at a time, 16 bytes or more, all of these logits can be taken apart into; 1 if not at all.
 
     Triton compiles for 128-bit accesses if it knows sizes and strides to be multiples of 16. Of 1000 classes it knows
-    nothing; of 125 times 8 classes it does.
+    nothing; of 1000 // 8 * 8 classes it does.
     """
     given = [t for t in tensors if t is not None]
     unit = max((16 // t.element_size() for t in given), default=1)
@@ -390,9 +391,8 @@ def cross_entropy(
     launch.launch(
         _cross_entropy_kernel, programs,
         x, target, weight, losses, partials, statistics,
-        positions, inner, classes // unit,
-        *_strides(x, 3, unit), *_strides(target, 3, unit if probabilities else 1), *_strides(weight, 1),
-        *_strides(losses, 2),
+        positions, inner, classes,
+        *_strides(x, 3), *_strides(target, 3), *_strides(weight, 1), *_strides(losses, 2),
         ignore_index, label_smoothing,
         ACC=_tiles.triton_dtype(accumulate), LOWEST=_LOWEST[accumulate], PROBABILITIES=probabilities,
         SMOOTHING=label_smoothing > 0, UNIT=unit, INTERLEAVED=unit == 1 and _adjoin(x),
@@ -424,7 +424,7 @@ def cross_entropy_grad(
     0 where a position is ignored, NaN where its target is no class. Without the statistics, which more than `RECOMPUTED`
     classes need, the logits are read once more to find them.
 
-    Shape: as for `cross_entropy`, with dy as its out, any strides; dx and dtarget as x, dense. The "mean" of classes needs
+    Shape: as for `cross_entropy`, with dy as its out; dy, dx and dtarget with any strides. The "mean" of classes needs
         the forward's total.
     """
     probabilities = target.is_floating_point()
@@ -441,19 +441,22 @@ def cross_entropy_grad(
         cross_entropy(x, target, weight, None, None, statistics, **options)
     x, target = _logits(x), _logits(target) if probabilities else _losses(target)[:, None]
     outer, classes, inner = x.shape
-    positions = outer * inner
-    dx, dtarget = (None if t is None else _logits(t) for t in (dx, dtarget))
+    positions, results = outer * inner, (dx, dtarget)
+    dx, dtarget = written = [None if t is None else _logits(t) for t in results]
     dy = _losses(dy) if reduction == "none" else dy.expand(outer, inner)
     tile = _grad_tile(x.shape, x.element_size(), _adjoin(x), recomputed=statistics is None)
     unit, unit_dx = _unit(x, target if probabilities else None), _unit(dx, dtarget)
     launch.launch(
         _cross_entropy_grad_kernel, outer * cdiv(inner, tile.m) * cdiv(classes, tile.n),
         x, target, weight, total if reduction == "mean" else None, statistics, dy, dx, dtarget,
-        positions, inner, classes // unit, positions if reduction == "mean" else 1,
-        *_strides(x, 3, unit), *_strides(target, 3, unit if probabilities else 1), *_strides(weight, 1), *_strides(dy, 2),
-        *_strides(dx, 3, unit_dx), *_strides(dtarget, 3, unit_dx),
+        positions, inner, classes, positions if reduction == "mean" else 1,
+        *_strides(x, 3), *_strides(target, 3), *_strides(weight, 1), *_strides(dy, 2),
+        *_strides(dx, 3), *_strides(dtarget, 3),
         ignore_index, label_smoothing,
         ACC=_tiles.triton_dtype(accumulate), PROBABILITIES=probabilities, SMOOTHING=label_smoothing > 0,
         UNIT=unit, UNIT_DX=unit_dx, WIDE=launch.wide(x, target, weight, dy, dx, dtarget),
         TILE_P=tile.m, TILE_C=tile.n, num_warps=tile.warps,
     )  # fmt: skip
+    for result, seen in zip(results, written, strict=True):
+        if result is not None and seen is not None and seen.data_ptr() != result.data_ptr():
+            result.copy_(seen.view(result.shape))  # no three dimensions describe it

@@ -74,7 +74,7 @@ def _launch_flat(kernel: object, *tensors: torch.Tensor, options: epilogues.Opti
     accumulate = torch.promote_types(out.dtype, torch.float32)
     launch.launch(
         kernel, tiles.cdiv(size, tile.n), *tensors, size, *options,
-        ACC=tiles.triton_dtype(accumulate), WIDE=size >= 2**31, TILE=tile.n, num_warps=tile.warps, **meta,
+        ACC=tiles.triton_dtype(accumulate), WIDE=launch.wide(elements=size), TILE=tile.n, num_warps=tile.warps, **meta,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("wide", [False, True])
 def test_more_taps_than_fit_a_word(wide: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bit for each tap, in 32 or 64 of them, or none."""
-    monkeypatch.setattr(_launch, "wide", lambda *tensors: wide)
+    monkeypatch.setattr(_launch, "wide", lambda *tensors, elements=0: wide)
     for kernel in ((4, 8), (7, 9)):
         x, w = r(1, 16, 3, 2, device=device), r(16, 16, *kernel, device=device)
         check(x, w, None, padding=(3, 4), stride=2)

@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlayers.kernels import loss
+import fastlayers
+import fastlayers.functional as FL
+from fastlayers.kernels import linear_cross_entropy, loss
+from fastlayers.kernels.runtime import launch as _launch
 from fastlayers.kernels.runtime import tiles as _tiles
 from fastlayers.kernels.runtime.tiles import Device, Tile
 from fastlayers.testing import assert_within_budget, neighbours
@@ -175,6 +178,26 @@ def test_strides(device: torch.device) -> None:
             same(x, rows, weight, reduction="none", dy=torch.randn((), device=device).expand(8))
 
 
+@pytest.mark.parametrize("of_probabilities", [False, True])
+@pytest.mark.parametrize("strides", [(2**31, 1, 8), (8, 1, 2**31)], ids=str)
+def test_logits_2_31_elements_apart(strides: tuple[int, ...], of_probabilities: bool, device: torch.device) -> None:
+    """Of the memory, only the pages around the logits are ever touched."""
+
+    def apart(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty(2**31 + 64, dtype=t.dtype, device=device).as_strided(t.shape, strides).copy_(t)
+
+    x = torch.randn(2, 8, 2, device=device, dtype=torch.float16)
+    target = probabilities(x) if of_probabilities else classes((2, 2), 8, device)
+    results = []
+    for logits, wanted in ((x, target), (apart(x), apart(target) if of_probabilities else target)):
+        logits.requires_grad_()
+        with fastlayers.policy("triton"):
+            y = FL.cross_entropy(logits, wanted, reduction="none")
+        results.append((y, *torch.autograd.grad(y.sum(), logits)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("count", [7, 140])
 def test_inf_and_nan(count: int, smoothing: float, device: torch.device) -> None:
@@ -240,6 +263,17 @@ def test_uint8_targets(device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 3, 4)], ids=str)
+def test_uint8_targets_of_images_are_torchs_error(
+    shape: tuple[int, ...], smoothing: float, device: torch.device
+) -> None:
+    target = torch.zeros(shape[0], *shape[2:], dtype=torch.uint8, device=device)
+    for function in (F.cross_entropy, FL.cross_entropy):
+        with pytest.raises(RuntimeError, match="expected scalar type Long but found Byte"):
+            function(torch.randn(shape, device=device), target, label_smoothing=smoothing)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_positions(reduction: str, device: torch.device) -> None:
     x = torch.empty(0, 7, device=device)
@@ -266,6 +300,41 @@ def test_many_programs_leave_many_sums(device: torch.device) -> None:
         check(torch.randn(20, 3, device=device), classes((20,), 3, device), torch.rand(3, device=device))
 
 
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 2, 0, 1), (0, 3, 2, 1)], ids=str)
+@pytest.mark.parametrize("of_probabilities", [False, True])
+def test_gradients_lie_as_their_tensors_do(
+    order: tuple[int, ...], of_probabilities: bool, device: torch.device
+) -> None:
+    """In memory, not only in their values; also where no three dimensions describe them."""
+
+    def laid_out(t: torch.Tensor) -> torch.Tensor:
+        inverse = [order.index(d) for d in range(4)]
+        return t.permute(order).contiguous().permute(inverse).detach()
+
+    x = torch.randn(2, 6, 3, 5, device=device)
+    target = probabilities(x) if of_probabilities else classes((2, 3, 5), 6, device)
+    results = []
+    for function, move in ((FL.cross_entropy, laid_out), (F.cross_entropy, torch.Tensor.contiguous)):
+        leaves = [move(t).requires_grad_() for t in (x, target) if t.is_floating_point()]
+        given = leaves if of_probabilities else (*leaves, target)
+        gradients = torch.autograd.grad(function(*given), leaves)
+        if function is FL.cross_entropy:
+            assert [g.stride() for g in gradients] == [t.stride() for t in leaves]
+        results.append(gradients)
+    torch.testing.assert_close(*results)
+
+
+def test_one_position_a_sample_is_a_matrix(device: torch.device) -> None:
+    """As many programs, whether or not there is a dimension of size 1."""
+    x, target = torch.randn(64, 10, device=device, requires_grad=True), classes((64,), 10, device)
+    explained = []
+    for more in ((), (1,), (1, 1)):
+        logits, wanted = x.view(64, 10, *more), target.view(64, *more)
+        explained.append(str(fastlayers.explain(lambda x, t: FL.cross_entropy(x, t).backward(), logits, wanted)))
+    assert "cross_entropy_kernel" in explained[0]
+    assert explained[0] == explained[1] == explained[2]
+
+
 def test_every_thread_has_whole_lanes() -> None:
     """What a turn of the forward reduces over lies within one thread: no barrier in the loop."""
     for count, positions, itemsize in itertools.product((1, 10, 1000, 50257, 262144), (1, 100, 10**6), (2, 4, 8)):
@@ -275,3 +344,23 @@ def test_every_thread_has_whole_lanes() -> None:
         tile = loss._forward_tile((1, count, positions), itemsize, False, Device("sm_90", 132))
         assert tile.n == 1
         assert tile.m * itemsize >= 32 * tile.warps * 16 or tile.m >= positions
+
+
+def test_the_workspace_of_a_linear_cross_entropy_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tokens and a large vocabulary; nothing is computed."""
+    rows, classes = 32768, 262144
+    sizes: list[int] = []
+
+    def allocate(shape: Any, strides: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        found = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        sizes.append(found.numel() * found.itemsize)
+        return found
+
+    monkeypatch.setattr(_launch, "launch", lambda *args, **meta: None)
+    monkeypatch.setattr(_launch, "allocate", allocate)
+    x, w = torch.empty(rows, 8, dtype=torch.float16), torch.empty(classes, 8, dtype=torch.float16)
+    target, out = torch.zeros(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float16)
+    linear_cross_entropy.linear_cross_entropy(
+        x, w, None, target, None, out, None, None, ignore_index=-100, reduction="none", precision="ieee"
+    )
+    assert max(sizes) <= 2**27

@@ -179,7 +179,7 @@ def test_what_one_tile_reads_is_not_copied() -> None:
 def test_offsets_of_64_bits(way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """c's rows lie 2**31 elements apart, the last of which aren't there: the check that nothing wraps sees them."""
     a, b = operands("forward", 33, 24, 24, torch.float16, device)
-    monkeypatch.setattr(_launch, "wide", lambda *tensors: True)
+    monkeypatch.setattr(_launch, "wide", lambda *tensors, elements=0: True)
     with _tiles.force(matmul=WAYS[way]):
         c = matmul_kernels.matmul(a, b, precision="ieee")
         first = torch.empty_strided((1, 24), (2**31 + 8, 1), dtype=torch.float16, device=device)

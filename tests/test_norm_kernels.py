@@ -307,7 +307,7 @@ def test_sums_over_rows_are_shared_out(
 
 
 def test_64_bit_offsets(small: Tile, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "wide", lambda *tensors: True)
+    monkeypatch.setattr(launch, "wide", lambda *tensors, elements=0: True)
     x, residual = torch.randn(5, 24, device=device), torch.randn(5, 24, device=device)
     Case(x, 24, residual=residual).check(dtotal=True)
 

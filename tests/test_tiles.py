@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastlayers.kernels import softmax
+from fastlayers.kernels import dropout, pointwise, softmax
 from fastlayers.kernels.conv import tiles as conv_tiles
 from fastlayers.kernels.matmul import tiles as matmul_tiles
 from fastlayers.kernels.matmul.tiles import Product
 from fastlayers.kernels.runtime import launch as _launch
 from fastlayers.kernels.runtime import tiles as _tiles
 from fastlayers.kernels.runtime.tiles import Device, Tile
+from fastlayers.ops.activation import Activation
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -147,6 +148,17 @@ def test_wide_tells_offsets_that_need_64_bits() -> None:
     assert not _launch.wide(meta(1, 2**31))
     assert _launch.wide(meta(2**16, 2**16)[:, ::2])
     assert not _launch.wide(meta(1).expand(2**20, 2**20))
+
+
+def test_elements_just_below_2_31_are_counted_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program's last step goes beyond them, where a number of 32 bits would wrap and seem to be one of them."""
+    seen: list[bool] = []
+    monkeypatch.setattr(_launch, "launch", lambda *args, **meta: seen.append(meta["WIDE"]))
+    for size in (2**31 - 2**16, 2**20):
+        x = torch.empty(size, dtype=torch.float16)  # memory that is never touched
+        pointwise.pointwise(x, x, Activation("relu"))
+        dropout.dropout_lanes(x, x, torch.zeros(2, dtype=torch.int64), 0.5, (2.0, 0.0, 0.0), 4)
+    assert seen == [True, True, False, False]
 
 
 def test_vectors_needs_alignment() -> None:

@@ -77,7 +77,7 @@ class CrossEntropy(Operation):
         return self._unsupported_target(x, target, options)
 
     def _unsupported_target(self, x: Any, target: Any, options: Options) -> str | None:
-        if target.dtype not in (torch.int64, torch.uint8):
+        if target.dtype != torch.int64 and (target.dtype != torch.uint8 or x.dim() > 2):
             return BadInput(f"a target of {target.dtype}")
         if tuple(target.shape) != _positions(x):
             return BadInput(f"a target {tuple(target.shape)} for an input {tuple(x.shape)}")
@@ -115,6 +115,9 @@ class CrossEntropy(Operation):
     def saves(self, t: Any, options: Options, needs: Needs) -> tuple[str, ...]:
         outputs = [name for name in self.outputs(t, options, needs) if name != "output"]
         return ("input", "target", *(() if t.weight is None else ("weight",)), *outputs)
+
+    def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
+        return tuple(Out.pointwise(t) if need else None for t, need in zip(like, needs, strict=True))
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         kernels.cross_entropy_grad(
@@ -221,8 +224,8 @@ def cross_entropy(
 
     Shape: input (N, C, d1, ...) or (C,), target of classes (N, d1, ...) or (), of probabilities as input, weight (C,); the
         result () or, with reduction "none", (N, d1, ...) or (). All with any strides.
-    Dtype: input, weight and probabilities float16, bfloat16, float32 or float64, all alike; classes int64 or uint8. Computed
-        in float32 (float64), each logit read once. Under autocast, as torch.
+    Dtype: input, weight and probabilities float16, bfloat16, float32 or float64, all alike; classes int64 or, of an input with
+        up to two dimensions, uint8. Computed in float32 (float64), each logit read once. Under autocast, as torch.
     Runs on Triton when: all tensors are plain ones on one GPU (or Triton interprets), there are classes, and weight doesn't
         require grad.
     Raises: what torch raises; but a class that is out of range, for which torch stops the process on a GPU, gives NaN.

@@ -275,6 +275,6 @@ def gate(
     launch.launch(
         _gate_kernel, cdiv(gate.numel(), tile.n), gate, up, out, d_out, d_gate, d_up, gate.numel(), *options,
         THEN=function, UNDO=None if d_gate is None else backward,
-        ACC=tiles.triton_dtype(torch.promote_types(gate.dtype, torch.float32)), WIDE=gate.numel() >= 2**31,
+        ACC=tiles.triton_dtype(torch.promote_types(gate.dtype, torch.float32)), WIDE=launch.wide(elements=gate.numel()),
         TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip

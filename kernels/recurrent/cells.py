@@ -234,7 +234,7 @@ def cell(
         _cell_kernel, tiles.cdiv(y.numel(), tile.n),
         x, a, h, c, y, cy, saved, y.numel(), y.shape[1], *_strides(h, c, y),
         CELL=cell.forward, GATES=cell.gates, ACC=tiles.triton_dtype(accumulate),
-        WIDE=4 * y.numel() >= 2**31 or launch.wide(h, c, y), TILE=tile.n, num_warps=tile.warps,
+        WIDE=launch.wide(h, c, y, elements=4 * y.numel()), TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -270,5 +270,5 @@ def cell_grad(
         _cell_grad_kernel, tiles.cdiv(size, tile.n),
         dx, da, dh, dc, dy, dcy, saved, h, c, y, size, units, *_strides(dy, dcy, h, c, y),
         CELL=cell.gradient, GATES=cell.gates, ACC=tiles.triton_dtype(accumulate),
-        WIDE=4 * size >= 2**31 or launch.wide(dy, dcy, h, c, y), TILE=tile.n, num_warps=tile.warps,
+        WIDE=launch.wide(dy, dcy, h, c, y, elements=4 * size), TILE=tile.n, num_warps=tile.warps,
     )  # fmt: skip

@@ -113,9 +113,11 @@ def numbers(tensor: torch.Tensor) -> list[int]:
     return tensor.tolist() if listener is None else listener.numbers(tensor)
 
 
-def wide(*tensors: torch.Tensor | None) -> bool:
-    """Whether offsets need 64 bits, because an element lies 2**31 or more elements after the first one of its tensor."""
-    return any(
+def wide(*tensors: torch.Tensor | None, elements: int = 0) -> bool:
+    """Whether offsets need 64 bits, because an element lies 2**31 or more elements after the first one of its tensor; or because
+    programs count that many `elements`: the last step goes beyond them by fewer than 2**24, and a number that wrapped would seem
+    to be one of them."""
+    return elements >= 2**31 - 2**24 or any(
         tensor is not None and sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31
         for tensor in tensors
     )
