@@ -271,6 +271,21 @@ def test_dropout(device: torch.device) -> None:
     assert (many.mean(0) - plain[0]).abs().mean() < 0.6 * (many[0] - plain[0]).abs().mean()  # 0.32 to be expected
 
 
+@pytest.mark.parametrize("apart", ["rows", "columns"])
+def test_offsets_of_64_bits(apart: str, device: torch.device) -> None:
+    """Rows or columns of the mask and of the weights' gradient lie 2**28 elements apart, and most of a tile's aren't there: the
+    check that nothing wraps sees them."""
+    l, s, strides = (2, 37, (2**28, 1)) if apart == "rows" else (20, 2, (1, 2**28))
+    mask, dw = (torch.empty_strided((l, s), strides, device=device).copy_(torch.randn(l, s)) for _ in range(2))
+    x, memory = torch.randn(l, 1, 8, device=device), torch.randn(s, 1, 8, device=device)
+    found = []
+    for layer in layers(device, 8, 2):
+        leaves = [t.clone().requires_grad_() for t in (x, memory)]
+        y, w = layer(*leaves, leaves[1], attn_mask=mask)
+        found.append([y, w, *torch.autograd.grad((y, w), leaves, (torch.ones_like(y), dw[None]))])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_gradients_through_the_weights(average: bool, device: torch.device, launched: list[str]) -> None:
     """Of the weights alone, and of both results, with a mask that leaves one query nothing to attend to: NaN, as torch gives."""

@@ -68,12 +68,11 @@ def scores(
     if not LATER:
         s = s * scale
     if mask_ptr is not None:
-        at = mask_ptr + tl.cast(first_n, tl.int64) * mask_n
+        # Rows of a mask may lie anywhere: for many keys those of one tile are more than 2**31 elements apart.
+        at = mask_ptr + (first_n + j.to(tl.int64)) * mask_n
         inside = first_n + j < S
-        if OF_KEYS:
-            at = at + j * mask_n
-        else:
-            at = at + tl.cast(first_m, tl.int64) * mask_m + (i * mask_m + j * mask_n)
+        if not OF_KEYS:
+            at = at + (first_m + i.to(tl.int64)) * mask_m
             inside = inside & (first_m + i < L)
         if mask_ptr.dtype.element_ty == tl.int1:
             s = tl.where(tl.load(at, mask=inside, other=1) != 0, s, float("-inf"))
@@ -101,7 +100,7 @@ def of_weights(
         i, j = i[None, :], j[:, None]
     else:
         i, j = i[:, None], j[None, :]
-    at = x_ptr + (tl.cast(first_m, tl.int64) * x_m + tl.cast(first_n, tl.int64) * x_n) + (i * x_m + j * x_n)
+    at = x_ptr + (first_m + i.to(tl.int64)) * x_m + (first_n + j.to(tl.int64)) * x_n
     return tl.load(at, mask=(first_m + i < L) & (first_n + j < S), other=0.0)
 
 

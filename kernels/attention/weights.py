@@ -64,7 +64,7 @@ def attention_weights_kernel(
             k_b, k_h, k_n, k_d, mask_m, mask_n,
             D, seed_ptr is not None, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D)  # fmt: skip
     w_ptr += tl.cast(b, tl.int64) * w_b + tl.cast(first_h, tl.int64) * w_h
-    at = w_ptr + (m.to(tl.int64)[:, None] * w_m + n[None, :] * w_n)
+    at = w_ptr + (m.to(tl.int64)[:, None] * w_m + n.to(tl.int64)[None, :] * w_n)
     tl.store(at, (total * part).to(w_ptr.dtype.element_ty), mask=(m < L)[:, None] & (n < S)[None, :])
 
 
