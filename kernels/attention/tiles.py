@@ -37,6 +37,7 @@ _DKDV = {
     ("16", 64): (Tile(32, 128, warps=8, stages=2), Tile(32, 64, warps=8, stages=1)),
     ("16", 128): (Tile(32, 64, warps=8, stages=2), Tile(32, 64, warps=8, stages=1)),
     ("16", 256): (Tile(32, 32, warps=8, stages=1), Tile(16, 32, warps=8, stages=1)),
+    ("32", 32): (Tile(32, 16, warps=4, stages=1), Tile(32, 16, warps=4, stages=1)),  # with 8 warps of 32 x 32 it spills
     ("32", 64): (Tile(32, 32, warps=8, stages=1), Tile(32, 32, warps=8, stages=1)),
     ("32", 128): (Tile(16, 16, warps=4, stages=1), Tile(16, 16, warps=4, stages=1)),
     ("32", 256): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
@@ -135,7 +136,8 @@ def pick(table: str, dtype: torch.dtype, features: int, device: Device, *, plain
             return INTERPRETER
         width = max(features, 64)
         kind = {2: "16", 4: "32", 8: "64"}[dtype.itemsize]
-        rows = _BOXES[table][width] if boxes else _TABLES[table][kind, width]
+        tiles = _TABLES[table]
+        rows = _BOXES[table][width] if boxes else tiles.get((kind, features)) or tiles[kind, width]
         if plain and kind == "16":
             return _SMALLER.get((device.architecture, table, width), rows[0])
         return rows[0] if plain else rows[1]
