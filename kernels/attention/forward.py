@@ -7,7 +7,7 @@ always gives the same bits.
 import triton
 import triton.language as tl
 
-from .parts import is_kept, load_rows, scores, store_rows
+from .parts import is_kept, load_rows, scores, store_rows, unit, weights
 
 
 @triton.jit
@@ -19,21 +19,16 @@ def forward_blocks(
     TILE_V: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from `begin` to `end` into the weighted sum of values, the sum of weights and the greatest score."""
+    factor = unit(scale, LATER)
     for first_n in range(begin, end, TILE_N):
         k_tile = load_rows(k, b, h // GROUP, first_n, S, D, k_b, k_h, k_n, k_d, not BOUNDS, BOXES, TILE_N, TILE_D)
         s = tl.dot(q, k_tile.T, input_precision=PRECISION, out_dtype=acc.dtype)
         s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                    BOUNDS, CAUSAL, False, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
-        if LATER:
-            top = tl.maximum(highest, tl.max(s, axis=1) * scale)
-        else:
-            top = tl.maximum(highest, tl.max(s, axis=1))
+        top = tl.maximum(highest, tl.max(s, axis=1))
         base = tl.where(top == float("-inf"), 0.0, top)  # there is nothing but -inf so far
-        if LATER:
-            p = tl.exp2(s * scale - base[:, None])
-        else:
-            p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(highest - base)
+        p = weights(s, base[:, None], factor, k_tile.dtype.primitive_bitwidth == 16)
+        shrink = tl.exp2((highest - base) * factor)
         total = total * shrink + tl.sum(p, axis=1)
         if DROPOUT:
             p = tl.where(is_kept(seed, bh, first_m, first_n, L, S, keep, TILE_M, TILE_N), p, 0.0)
@@ -52,8 +47,8 @@ def attention_kernel(
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, EMPTY_IS_NAN: tl.constexpr, ACC: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_M queries of one head. GROUP heads share a head of k and v. `scale` is multiplied by log2(e). k and v are
-    pointers, or descriptors with BOXES. lse_ptr: log2 of each query's sum of exponentials, for the backward, or None. A query
+    """One program: TILE_M queries of one head. GROUP heads share a head of k and v. k and v are pointers, or descriptors
+    with BOXES. lse_ptr: each query's log-sum-exp of `scores` as they are, for the backward, or None. A query
     that may attend to nothing gives 0 or, with EMPTY_IS_NAN, NaN as softmax does."""
     # In the interpreter the scales are Python's numbers, which a cast would take for float32.
     zero = tl.full((), 0.0, tl.float64)
@@ -90,7 +85,7 @@ def attention_kernel(
     if lse_ptr is not None:
         # +inf for a query that may attend to nothing makes all its weights 0 in the backward.
         m = first_m + tl.arange(0, TILE_M)
-        lse = tl.where(total == 0, float("inf"), highest + tl.log2(total))
+        lse = tl.where(total == 0, float("inf"), highest + tl.log2(total) / unit(scale, LATER))
         tl.store(lse_ptr + tl.cast(bh, tl.int64) * L + m, lse, mask=m < L)
     acc = acc * (unkeep / tl.where(total == 0, 1.0, total))[:, None]
     store_rows(out_ptr, acc, b, h, first_m, L, DV, out_b, out_h, out_m, out_d, TILE_M, TILE_V)

@@ -1,4 +1,4 @@
-"""The backward kernels of attention. With weights p = exp2(scores - lse), computed again, and delta = sum(out * dy):
+"""The backward kernels of attention. With weights p = exp(scores - lse), computed again, and delta = sum(out * dy):
 
     ds = p (dy v^T - delta);   dq = scale ds k;   dk = scale ds^T q;   dv = p^T dy
 
@@ -9,30 +9,28 @@ weights are a result as well, their gradient dw is added to dy v^T, and the sum 
 import triton
 import triton.language as tl
 
-from .parts import is_kept, load_rows, of_weights, scores, store_rows
+from .parts import is_kept, load_rows, of_weights, scores, store_rows, unit, weights
 
 
 @triton.jit
 def _dq_blocks(
     dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, begin, end,
-    L, S, D, DV, GROUP, scale2, keep, unkeep, part,
+    L, S, D, DV, GROUP, scale, keep, unkeep, part,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
     BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
     TILE_V: tl.constexpr,
 ):  # fmt: skip
+    factor = unit(scale, LATER)
     for first_n in range(begin, end, TILE_N):
         k_tile = load_rows(k, b, h // GROUP, first_n, S, D, k_b, k_h, k_n, k_d, not BOUNDS, BOXES, TILE_N, TILE_D)
         v_tile = load_rows(v, b, h // GROUP, first_n, S, DV, v_b, v_h, v_n, v_d, not BOUNDS, BOXES, TILE_N, TILE_V)
         s = tl.dot(q, k_tile.T, input_precision=PRECISION, out_dtype=dq.dtype)
         dp = tl.dot(dy, v_tile.T, input_precision=PRECISION, out_dtype=dq.dtype)
-        # Keys outside must be masked although they were loaded as 0: exp2(0 - lse) may be inf, and inf * 0 is NaN.
-        s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale2,
+        # Keys outside must be masked although they were loaded as 0: exp(0 - lse) may be inf, and inf * 0 is NaN.
+        s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                    BOUNDS, CAUSAL, False, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
-        if LATER:
-            p = tl.exp2(s * scale2 - lse[:, None])
-        else:
-            p = tl.exp2(s - lse[:, None])
+        p = weights(s, lse[:, None], factor, k_tile.dtype.primitive_bitwidth == 16)
         if dw_ptr is not None:
             dp += part * of_weights(dw_ptr, first_m, first_n, L, S, dw_m, dw_n, False, TILE_M, TILE_N).to(dp.dtype)
         if DROPOUT:
@@ -46,19 +44,18 @@ def _dq_blocks(
 @triton.jit(do_not_specialize=["keep"])
 def attention_dq_kernel(
     q_ptr, k, v, mask_ptr, seed_ptr, dw_ptr, more_ptr, out_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, H, L, S, GROUP,
-    scale: tl.float64, scale2: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
+    scale: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, dw_b, dw_h, dw_m, dw_n,
     out_b, out_h, out_m, out_d, dy_b, dy_h, dy_m, dy_d, dq_b, dq_h, dq_m, dq_d,
     D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, ACC: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
-    """One program: delta of TILE_M queries of one head, and dq, unless its pointer is None. scale2 is scale * log2(e).
+    """One program: delta of TILE_M queries of one head, and dq, unless its pointer is None.
     dw_ptr: the gradient of the weights, of which `part` counts, or None; more_ptr: what it adds to delta."""
-    # In the interpreter the scales are Python's numbers, which a cast would take for float32.
+    # In the interpreter these are Python's numbers, which a cast would take for float32.
     zero = tl.full((), 0.0, tl.float64)
-    scale, scale2 = (scale + zero).to(ACC), (scale2 + zero).to(ACC)
-    unkeep, part = (unkeep + zero).to(ACC), (part + zero).to(ACC)
+    scale, unkeep, part = (scale + zero).to(ACC), (unkeep + zero).to(ACC), (part + zero).to(ACC)
     tiles = tl.cdiv(L, TILE_M)
     pid_m, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if CAUSAL:
@@ -91,11 +88,11 @@ def attention_dq_kernel(
         dq = tl.zeros((TILE_M, TILE_D), ACC)
         dq = _dq_blocks(
             dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, 0, full, L, S, D, DV, GROUP,
-            scale2, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
+            scale, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
             False, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
         dq = _dq_blocks(
             dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, full, end, L, S, D, DV, GROUP,
-            scale2, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
+            scale, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
             True, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
         store_rows(dq_ptr, dq * scale, b, h, first_m, L, D, dq_b, dq_h, dq_m, dq_d, TILE_M, TILE_D)
 
@@ -103,11 +100,12 @@ def attention_dq_kernel(
 @triton.jit
 def _dkdv_blocks(
     dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, mask_ptr, seed, dw_ptr, b, h, bh, first_n, begin, L, S, D, DV,
-    scale2, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
+    scale, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
     TILE_V: tl.constexpr,
 ):  # fmt: skip
+    factor = unit(scale, LATER)
     for first_m in range(begin, L, TILE_M):
         m = first_m + tl.arange(0, TILE_M)
         q_tile = load_rows(q, b, h, first_m, L, D, q_b, q_h, q_m, q_d, False, BOXES, TILE_M, TILE_D)
@@ -117,12 +115,9 @@ def _dkdv_blocks(
         delta = tl.load(delta_ptr + row, mask=m < L, other=0.0)
         s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION, out_dtype=dk.dtype)
         dp = tl.dot(v_tile, dy_tile.T, input_precision=PRECISION, out_dtype=dk.dtype)
-        s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale2,
+        s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                    CAUSAL, CAUSAL, True, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
-        if LATER:
-            p = tl.exp2(s * scale2 - lse[None, :])
-        else:
-            p = tl.exp2(s - lse[None, :])
+        p = weights(s, lse[None, :], factor, k_tile.dtype.primitive_bitwidth == 16)
         dropped = p
         if dw_ptr is not None:
             dp += part * of_weights(dw_ptr, first_m, first_n, L, S, dw_m, dw_n, True, TILE_M, TILE_N).to(dp.dtype)
@@ -139,7 +134,7 @@ def _dkdv_blocks(
 @triton.jit(do_not_specialize=["keep"])
 def attention_dkdv_kernel(
     k_ptr, v_ptr, q, mask_ptr, seed_ptr, dw_ptr, dy, lse_ptr, delta_ptr, dk_ptr, dv_ptr, H, L, S, GROUP,
-    scale: tl.float64, scale2: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
+    scale: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, dw_b, dw_h, dw_m, dw_n,
     dy_b, dy_h, dy_m, dy_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
     D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
@@ -148,10 +143,9 @@ def attention_dkdv_kernel(
 ):  # fmt: skip
     """One program: dk and dv of TILE_N keys of one head of k and v, each unless its pointer is None, over the queries of all the
     heads that share it, one head after the other. q and dy are pointers, or descriptors with BOXES."""
-    # In the interpreter the scales are Python's numbers, which a cast would take for float32.
+    # In the interpreter these are Python's numbers, which a cast would take for float32.
     zero = tl.full((), 0.0, tl.float64)
-    scale, scale2 = (scale + zero).to(ACC), (scale2 + zero).to(ACC)
-    unkeep, part = (unkeep + zero).to(ACC), (part + zero).to(ACC)
+    scale, unkeep, part = (scale + zero).to(ACC), (unkeep + zero).to(ACC), (part + zero).to(ACC)
     tiles = tl.cdiv(S, TILE_N)
     first_n, bh_k = tl.program_id(0) % tiles * TILE_N, tl.program_id(0) // tiles
     b, h_k = bh_k // (H // GROUP), bh_k % (H // GROUP)
@@ -177,7 +171,7 @@ def attention_dkdv_kernel(
         # there are. Keys outside give rows of dk and dv that nobody stores.
         dk, dv = _dkdv_blocks(
             dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, mask, seed, dw, b, h, b * H + h, first_n, begin, L, S, D, DV,
-            scale2, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
+            scale, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
             CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
     if dk_ptr is not None:
         store_rows(dk_ptr, dk * scale, b, h_k, first_n, S, D, dk_b, dk_h, dk_n, dk_d, TILE_N, TILE_D)

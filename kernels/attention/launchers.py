@@ -15,6 +15,8 @@ from .gradients import attention_dkdv_kernel, attention_dq_kernel, dropout_facto
 from .shares import attention_merge_kernel, attention_shares_kernel
 from .weights import attention_weights_delta_kernel, attention_weights_kernel
 
+_LEAST_SCALE = 2.0**-64
+"""A log-sum-exp that is divided by less may be infinite."""
 _FARTHEST = 2**23
 """Steps within a tile, of at most 256 rows or columns, are multiplied by strides in 32 bits."""
 
@@ -67,8 +69,6 @@ class _Call(NamedTuple):
     sizes: tuple[int, ...]
     """H, L, S, GROUP"""
     scale: float
-    scale2: float
-    """scale * log2(e)"""
     keep: int
     """How many of 65536 weights dropout keeps. What is kept is divided by that very share."""
     unkeep: float
@@ -92,14 +92,13 @@ def _prepare(
     device = tiles.device(q.device)
     meta = dict(
         D=d, DV=dv, CAUSAL=causal, PRECISION=picks.precision(q.dtype, precision, device),
-        LATER=mask is None and scale > 0, OF_KEYS=mask is not None and (masks[2] == 0 or l == 1),
+        LATER=mask is None and scale > _LEAST_SCALE, OF_KEYS=mask is not None and (masks[2] == 0 or l == 1),
         ACC=tiles.triton_dtype(torch.promote_types(q.dtype, torch.float32)),
         TILE_D=max(16, triton.next_power_of_2(d)), TILE_V=max(16, triton.next_power_of_2(dv)),
     )  # fmt: skip
     return _Call(
         (h, l, s, h // max(h_k, 1)),
         scale,
-        scale * math.log2(math.e),
         keep,
         2**16 / keep if keep else 0.0,
         mask,
@@ -146,7 +145,8 @@ def attention(
     precision: str,
     empty_is_nan: bool = False,
 ) -> None:
-    """dropout(softmax(scale * q k^T + mask)) v into `out`, and log2 of each query's sum of exponentials into `lse`.
+    """dropout(softmax(scale * q k^T + mask)) v into `out`, and what the backward needs of each query's scores into `lse`: their
+    log-sum-exp, without a mask divided by the scale.
 
     Query m may attend to key n if the mask's boolean is True there or its number isn't -inf, and if n <= m with `causal`. A
     query that may attend to nothing gets 0 or, with `empty_is_nan`, NaN, and so do its weights and gradients.
@@ -170,7 +170,7 @@ def attention(
         operands = _boxes(k, tile.n, meta["TILE_D"]), _boxes(v, tile.n, meta["TILE_V"])
     launch.launch(
         attention_kernel, cdiv(q.shape[2], tile.m) * q.shape[0] * q.shape[1],
-        q, *operands, call.mask, seed, out, lse, *call.sizes, call.scale2, call.keep, call.unkeep,
+        q, *operands, call.mask, seed, out, lse, *call.sizes, call.scale, call.keep, call.unkeep,
         *q.stride(), *k.stride(), *v.stride(), *call.masks, *out.stride(), EMPTY_IS_NAN=empty_is_nan, **meta,
     )  # fmt: skip
 
@@ -199,15 +199,15 @@ def _in_shares(
         found_lse = launch.empty((shares, b, h, l), dtype=kept, device=q.device)
     launch.launch(
         attention_shares_kernel, shares * b * h_k * cdiv(group * l, tile.m),
-        q, k, v, call.mask, found, found_lse, *call.sizes, shares, share, call.scale2,
+        q, k, v, call.mask, found, found_lse, *call.sizes, shares, share, call.scale,
         *q.stride(), *k.stride(), *v.stride(), *call.masks, *(found.stride() if shares > 1 else (0, *out.stride())), rows,
         EMPTY_IS_NAN=empty_is_nan and shares == 1, **meta, TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
     if shares > 1:
         launch.launch(
-            attention_merge_kernel, rows, found, found_lse, out, lse, h, l, rows, shares, *out.stride(),
-            DV=dv, EMPTY_IS_NAN=empty_is_nan, TILE_S=16, TILE_V=meta["TILE_V"],
+            attention_merge_kernel, rows, found, found_lse, out, lse, h, l, rows, shares, call.scale, *out.stride(),
+            LATER=meta["LATER"], DV=dv, EMPTY_IS_NAN=empty_is_nan, TILE_S=16, TILE_V=meta["TILE_V"],
         )  # fmt: skip
 
 
@@ -248,10 +248,10 @@ def attention_grad(
         tile, _, meta = _weights_tile(call, dropout, q)
         launch.launch(
             attention_weights_delta_kernel, cdiv(l, tile.m) * b * h,
-            q, k, call.mask, seed, lse, d_weights, more, h, l, s, call.scale2, call.keep, call.unkeep, part,
+            q, k, call.mask, seed, lse, d_weights, more, h, l, s, call.scale, call.keep, call.unkeep, part,
             *q.stride(), *k.stride(), *call.masks, *dws, **meta,
         )  # fmt: skip
-    numbers = (*call.sizes, call.scale, call.scale2, call.keep, call.unkeep, part)
+    numbers = (*call.sizes, call.scale, call.keep, call.unkeep, part)
     strides = (*q.stride(), *k.stride(), *v.stride(), *call.masks, *dws)
     plain = d_weights is None
     tile, order, meta = _tile("attention_dq", call, dropout, q, k, v, plain=plain)
@@ -316,7 +316,7 @@ def attention_weights(
     tile, _, meta = _weights_tile(call, dropout, q)
     launch.launch(
         attention_weights_kernel, cdiv(l, tile.m) * cdiv(s, tile.n) * b * (1 if average else h),
-        q, k, call.mask, seed, lse, weights, h, l, s, call.scale2, call.keep, call.unkeep, part,
+        q, k, call.mask, seed, lse, weights, h, l, s, call.scale, call.keep, call.unkeep, part,
         *q.stride(), *k.stride(), *call.masks, *weights.stride(), AVERAGE=average, **meta,
     )  # fmt: skip
 

@@ -54,11 +54,11 @@ def scores(
     BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr, LATER: tl.constexpr, OF_KEYS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """Of products of queries and keys, what exp2 is taken of: log2(e) (scale * s + mask), and -inf where a query may not attend.
+    """Of products of queries and keys, the scores: scale * s + mask, and -inf where a query may not attend.
 
-    LATER: without a mask and for scales above 0, they are left as they are, and whoever calls scales them in the instruction that
-    subtracts the maximum. OF_KEYS: the mask is the same for all queries, and so a vector, or mask_ptr is a column that points to
-    each query's own row. TRANSPOSED: keys are the rows of s.
+    LATER: without a mask, products are left as they are, and `weights` scales their differences. OF_KEYS: the mask is the same
+    for all queries, and so a vector, or mask_ptr is a column that points to each query's own row. TRANSPOSED: keys are the rows
+    of s.
     """
     i, j = tl.arange(0, TILE_M), tl.arange(0, TILE_N)
     if TRANSPOSED:
@@ -77,7 +77,7 @@ def scores(
         if mask_ptr.dtype.element_ty == tl.int1:
             s = tl.where(tl.load(at, mask=inside, other=1) != 0, s, float("-inf"))
         else:
-            s += tl.load(at, mask=inside, other=0.0).to(s.dtype) * _LOG2E
+            s += tl.load(at, mask=inside, other=0.0).to(s.dtype)
         if s.dtype == tl.float64:
             # A sum of one number each, without which the compiler (3.7) gives what comes of the mask a layout for which it has no
             # products in float64.
@@ -88,6 +88,30 @@ def scores(
         else:
             s = tl.where(first_n + j < S, s, float("-inf"))
     return s
+
+
+@triton.jit
+def unit(scale, LATER: tl.constexpr):
+    """What a difference of `scores` is multiplied by to be an argument of exp2."""
+    if LATER:
+        factor = scale * _LOG2E
+    else:
+        factor = tl.full((), _LOG2E, scale.dtype)
+    return factor
+
+
+@triton.jit
+def weights(s, base, unit, NARROW: tl.constexpr):
+    """exp2(unit * (s - base)) of scores.
+
+    A difference of float32 numbers is rounded little, a product of large ones more: it costs the weight as many digits as the
+    score has before its point. NARROW: the operands had 16 bits, and so many fewer digits than that; one instruction less.
+    """
+    if NARROW:
+        p = tl.exp2(s * unit - base * unit)
+    else:
+        p = tl.exp2((s - base) * unit)
+    return p
 
 
 @triton.jit

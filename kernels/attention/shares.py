@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .forward import forward_blocks
+from .parts import unit
 
 
 @triton.jit
@@ -27,11 +28,10 @@ def attention_shares_kernel(
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_M queries of the GROUP heads that share a head of k and v, and SHARE keys; the result as if there were no
-    other keys. `scale` is multiplied by log2(e). lse_ptr: log2 of each query's sum of exponentials, or None; +inf for a query
+    other keys. lse_ptr: each query's log-sum-exp of `scores` as they are, or None; +inf for a query
     that may attend to none of the keys."""
-    scale = (scale + tl.full((), 0.0, tl.float64)).to(
-        ACC
-    )  # The interpreter passes a Python number, which a plain cast would turn into float32.
+    # In the interpreter the scale is a Python number, which a cast would take for float32.
+    scale = (scale + tl.full((), 0.0, tl.float64)).to(ACC)
     tiles = tl.cdiv(GROUP * L, TILE_M)
     pid = tl.program_id(0)
     pid_m, share, bh_k = pid % tiles, pid // tiles % SHARES, pid // tiles // SHARES
@@ -63,7 +63,7 @@ def attention_shares_kernel(
     if EMPTY_IS_NAN:
         total = tl.where(total == 0, float("nan"), total)
     if lse_ptr is not None:
-        lse = tl.where(total == 0, float("inf"), highest + tl.log2(total))
+        lse = tl.where(total == 0, float("inf"), highest + tl.log2(total) / unit(scale, LATER))
         at = lse_ptr + (tl.cast(share, tl.int64) * lse_s + tl.cast(b * H + h, tl.int64) * L)
         tl.store(at + row, lse, mask=inside)
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -75,11 +75,14 @@ def attention_shares_kernel(
 
 @triton.jit(do_not_specialize=["SHARES"])
 def attention_merge_kernel(
-    found_ptr, found_lse_ptr, out_ptr, lse_ptr, H, L, ROWS, SHARES, out_b, out_h, out_m, out_d,
+    found_ptr, found_lse_ptr, out_ptr, lse_ptr, H, L, ROWS, SHARES, scale: tl.float64,  # type: ignore[valid-type]
+    out_b, out_h, out_m, out_d, LATER: tl.constexpr,
     DV: tl.constexpr, EMPTY_IS_NAN: tl.constexpr, TILE_S: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     """One program: one of ROWS queries, from what the shares (SHARES, ROWS, DV) found. TILE_S shares are loaded at a time, since
     each waits for memory; they are added in a fixed order."""
+    # In the interpreter the scale is a Python number, which a cast would take for float32.
+    factor = unit((scale + tl.full((), 0.0, tl.float64)).to(found_lse_ptr.dtype.element_ty), LATER)
     row = tl.cast(tl.program_id(0), tl.int64)
     s, c = tl.arange(0, TILE_S), tl.arange(0, TILE_V)
     highest = tl.full((TILE_S,), float("-inf"), found_lse_ptr.dtype.element_ty)
@@ -97,14 +100,14 @@ def attention_merge_kernel(
         lse = tl.load(found_lse_ptr + at, mask=exists, other=float("inf"))
         inside = exists[:, None] & (c < DV)[None, :]
         found = tl.load(found_ptr + (at[:, None] * DV + c[None, :]), mask=inside, other=0.0)
-        weight = tl.where(lse == float("inf"), 0.0, tl.exp2(lse - base))
+        weight = tl.where(lse == float("inf"), 0.0, tl.exp2((lse - base) * factor))
         parts += tl.where(inside, weight[:, None] * found, 0.0)
         totals += weight
     acc, total = tl.sum(parts, axis=0), tl.sum(totals, axis=0)
     if EMPTY_IS_NAN:
         total = tl.where(total == 0, float("nan"), total)
     if lse_ptr is not None:
-        tl.store(lse_ptr + row, tl.where(total == 0, float("inf"), base + tl.log2(total)))
+        tl.store(lse_ptr + row, tl.where(total == 0, float("inf"), base + tl.log2(total) / factor))
     acc = acc / tl.where(total == 0, 1.0, total)
     at = out_ptr + (row // (H * L) * out_b + row // L % H * out_h + row % L * out_m) + c * out_d
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=c < DV)
