@@ -255,9 +255,11 @@ def linear_cross_entropy(
     m, n, accumulate = x.shape[0], w.shape[0], torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.contiguous()
     hit = launch.empty((m,), dtype=accumulate, device=x.device)
-    rows = _chunk(m, 2 * _slots(n, _product(x, w, None, precision)) * accumulate.itemsize, _PARTIALS_BYTES)
-    chunks, sums = range(0, m, max(rows, 1)), None
-    each = cdiv(rows, _MERGE.m)
+    # One plan for all chunks, which begin as aligned as x does, since 256 divides their rows.
+    plan = _product(x, w, None, precision)
+    slots = cdiv(n, plan.tile.n >> _halves(plan.tile))
+    rows = _chunk(m, 2 * slots * accumulate.itemsize, _PARTIALS_BYTES)
+    chunks, each, sums = range(0, m, max(rows, 1)), cdiv(rows, _MERGE.m), None
     if reduction != "none":
         sums = launch.empty((2, len(chunks) * each), dtype=accumulate, device=x.device)
     for i, start in enumerate(chunks):
@@ -266,8 +268,7 @@ def linear_cross_entropy(
             x_, target_, hit_ = (t[start : start + rows] for t in (x, target, hit))
             statistics_ = None if statistics is None else statistics.view(2 * m)[start:]
             out_, sums_ = (out[start:], None) if sums is None else (None, sums.view(sums.numel())[i * each :])
-        plan = _product(x_, w, None, precision)
-        partials = launch.empty((2, _slots(n, plan), len(x_)), dtype=accumulate, device=x.device)
+        partials = launch.empty((2, slots, len(x_)), dtype=accumulate, device=x.device)
         _launch_logits(
             plan, x_, w, bias, target_, weight, size=m, ignore_index=ignore_index, partials=partials, hit=hit_
         )
@@ -275,18 +276,13 @@ def linear_cross_entropy(
         launch.launch(
             _merge_kernel, each,
             partials, hit_, target_, weight, statistics_, out_ if sums is None else None, sums_,
-            len(x_), n, m, partials.shape[1], len(chunks) * each,
+            len(x_), n, m, slots, len(chunks) * each,
             target.stride(0), 0 if weight is None else weight.stride(0), ignore_index,
             LOWEST=_LOWEST[accumulate], TILE_M=_MERGE.m, TILE_S=_MERGE.n, num_warps=_MERGE.warps,
         )  # fmt: skip
         del partials  # before the next chunk's are allocated
     if sums is not None:
         sum_losses(out, sums, 1, total=total, by_weight=reduction == "mean")
-
-
-def _slots(n: int, plan: picks.Product) -> int:
-    """How many parts of tiles, of each of which a row keeps two numbers, n classes have."""
-    return cdiv(n, plan.tile.n >> _halves(plan.tile))
 
 
 def _chunk(m: int, row_bytes: int, most: int) -> int:
