@@ -181,6 +181,7 @@ class PackedRotaryProjections(RotaryProjections):
         h, g = heads
         packed = _in_heads(F.linear(input, weight, bias), h + 2 * g, head_dim)
         q, k, v = packed.split((h, g, g), -3)
+        v = v.transpose(-3, -2).contiguous().transpose(-3, -2)  # not a view that keeps query and key
         return (*_rotary_embedding.reference(q, k, cos, sin, interleaved), v)
 
     def unsupported(self, t: Any, options: Any) -> str | None:
