@@ -23,6 +23,7 @@ from .rotary import _rotary_embedding, angles_unsupported, for_each
 if TYPE_CHECKING or _kernels.MISSING is None:
     from ..kernels import rotary as kernels
     from ..kernels.matmul.matmul import matmul
+    from ..kernels.matmul.rotary import rotary_matmul
     from ..kernels.reduce import activation_grad
 
 __all__ = ["packed_rotary_projections", "rotary_projections"]
@@ -112,14 +113,16 @@ class RotaryProjections(Operation):
         return {"query": Out.pointwise(q), "key": Out.pointwise(k), "value": v}
 
     def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
-        x, (b, l, _) = _matrix(t.input), t.input.shape
-        pairs = []
-        for name, (weight, bias) in zip(_RESULTS, _layers(t), strict=True):
-            y = _product(out[name])
-            z = y if name == "value" else Out(tuple(y.shape), y.dtype).empty(y.device)
+        x, (b, l, _), d = _matrix(t.input), t.input.shape, options.head_dim
+        weights, biases = zip(*_layers(t), strict=True)
+        outs, angles = [_product(out[name]) for name in _RESULTS], for_each(t.cos, t.sin, b)
+        words: Any = dict(interleaved=options.interleaved)
+        if rotary_matmul(x, weights, biases, outs, *angles, head_dim=d, precision=precision, **words):
+            return
+        products = [*[Out(tuple(y.shape), y.dtype).empty(y.device) for y in outs[:2]], outs[2]]
+        for weight, bias, z in zip(weights, biases, products, strict=True):
             matmul(x, weight.T, bias=bias, out=z, precision=precision)
-            pairs.append((_heads(z, b, l, options.head_dim), out[name]))
-        kernels.rotary(pairs[:2], *for_each(t.cos, t.sin, b), interleaved=options.interleaved)
+        kernels.rotary([(_heads(z, b, l, d), out[name]) for z, name in zip(products[:2], _RESULTS)], *angles, **words)
 
     def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
         names = ("input",) if any(needs[1:7:2]) else ()
