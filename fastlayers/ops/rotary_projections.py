@@ -54,8 +54,9 @@ class RotaryProjections(Operation):
     """input (B, L, E), a weight (H D, E), (G D, E) and (G D, E) and a bias or None of query, key and value, cos and sin as
     RotaryEmbedding's -> query (B, H, L, D), key and value (B, G, L, D), in the order of memory of the products.
 
-    The products are rounded to the input's dtype before they are turned, as if both were called one after the other. Saves the
-    input, the weights and the angles.
+    One kernel computes the three products and turns the first two, where a head's features are a power of two and all of them
+    are turned, or the pairs are interleaved, and where there are tiles enough for the GPU. Elsewhere three products run and
+    `rotary`. Both round the products to the input's dtype before they are turned. Saves the input, the weights and the angles.
     """
 
     tensors = (
@@ -122,7 +123,8 @@ class RotaryProjections(Operation):
         products = [*[Out(tuple(y.shape), y.dtype).empty(y.device) for y in outs[:2]], outs[2]]
         for weight, bias, z in zip(weights, biases, products, strict=True):
             matmul(x, weight.T, bias=bias, out=z, precision=precision)
-        kernels.rotary([(_heads(z, b, l, d), out[name]) for z, name in zip(products[:2], _RESULTS)], *angles, **words)
+        pairs = [(_heads(z, b, l, d), y) for z, y in zip(products[:2], (out.query, out.key), strict=True)]
+        kernels.rotary(pairs, *angles, **words)
 
     def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
         names = ("input",) if any(needs[1:7:2]) else ()
@@ -285,9 +287,11 @@ def rotary_projections(
         q, k, v = (linear(input, w, b).unflatten(-1, (-1, head_dim)).transpose(1, 2) for w, b in zip(weights, biases))
         (*rotary_embedding(q, k, cos, sin, interleaved=interleaved), v)
 
-    The products are rounded to the input's dtype before they are turned, and what is turned once more, as by those two functions.
-    The gradients of the three projections are turned back by one kernel, and one sum of products is the input's gradient. Saves
-    the input, the weights and the angles.
+    One kernel in 16 bits and TF32, where D is a power of two up to 128 (256 with sm_90's or sm_100's tensor memory accelerator),
+    where all features are turned or pairs are interleaved, and where there are tiles enough for the GPU; four otherwise, for
+    single tokens too. The products are rounded to the input's dtype before they are turned, and what is turned once more, as by
+    those two functions. In the backward one kernel turns both gradients back; each projection has a product for its
+    weight's gradient and one that is added to the input's. Saves the input, the weights and the angles.
 
     Shape: input (B, L, E), weights (H * D, E), (G * D, E) and (G * D, E) of query, key and value, D being head_dim, with any
         strides, biases of as many features; cos and sin (L, R), (1, L, R) or (B, L, R), R even and at most D; the results

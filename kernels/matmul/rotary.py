@@ -157,7 +157,7 @@ def _rotary_matmul_tma_kernel(
     VALUE_TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """As _rotary_matmul_kernel, for descriptors, of which those of the transposed weights (K, N) are as _matmul_tma_kernel's b."""
+    """As _rotary_matmul_kernel, for descriptors, those of the transposed weights (K, N) as _matmul_tma_kernel's b."""
     of_query, of_key = tl.cdiv(QUERIES, TILE_N), tl.cdiv(KEYS, TILE_N)
     tiles_n = of_query + of_key + tl.cdiv(VALUES, TILE_N)
     pid_m, pid_n = _place(tl.program_id(0), tl.cdiv(M, TILE_M), tiles_n, GROUP)
