@@ -172,3 +172,68 @@ def test_bad_input_raises(device: torch.device) -> None:
     ):
         with pytest.raises(RuntimeError):
             wrong()
+
+
+def one_by_one(x: Any, weights: Any, biases: Any, cos: Any, sin: Any, *, head_dim: int, interleaved: bool) -> Any:
+    """By our own functions."""
+    q, k, v = (
+        FL.linear(x, w, b).unflatten(-1, (-1, head_dim)).transpose(1, 2) for w, b in zip(weights, biases, strict=True)
+    )
+    return (*FL.rotary_embedding(q, k, cos, sin, interleaved=interleaved), v)
+
+
+@pytest.mark.parametrize(("turned", "interleaved"), [(16, False), (16, True), (6, True)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.usefixtures("small_tiles")
+def test_one_kernel(
+    dtype: torch.dtype, turned: int, interleaved: bool, device: torch.device, launched: list[str]
+) -> None:
+    """The same numbers as of three products and `rotary_embedding`, to the last bit where the sums' steps are the same."""
+    given = draw((3, 1, 2), 16, turned, shape=(2, 21), device=device, dtype=dtype)
+    words: Any = dict(head_dim=16, interleaved=interleaved)
+    mine = FL.rotary_projections(*given, **words)
+    assert launched == ["_rotary_matmul_kernel"]
+    torch.testing.assert_close(mine, one_by_one(*given, **words), rtol=0, atol=0)
+    launched.clear()
+    torch.autograd.grad(mine, [given[0], *given[1], *(given[2] or [])], [torch.randn_like(y) for y in mine])
+    assert launched == ["_rotary_kernel", *["_matmul_kernel"] * 6]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "turned", "interleaved"), [(12, 12, False), (16, 8, False), (32, 32, False), (2, 2, True)]
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_heads_that_no_tile_holds(
+    head_dim: int, turned: int, interleaved: bool, device: torch.device, launched: list[str]
+) -> None:
+    """Three products and `rotary`, with the same numbers."""
+    given = draw((2, 1, 1), head_dim, turned, device=device)
+    words: Any = dict(head_dim=head_dim, interleaved=interleaved)
+    mine = FL.rotary_projections(*given, **words)
+    assert launched == [*["_matmul_kernel"] * 3, "_rotary_kernel"]
+    torch.testing.assert_close(mine, one_by_one(*given, **words), rtol=0, atol=0)
+
+
+def test_infinite_features_that_arent_turned(device: torch.device) -> None:
+    """Are copied, and don't meet the angle's zeros."""
+    x, weights, biases, cos, sin = draw((1, 1, 1), 8, 4, device=device)
+    assert biases is not None
+    biases = [torch.full_like(b, float("inf")) for b in biases]
+    q, k, _ = FL.rotary_projections(x, weights, biases, cos, sin, head_dim=8, interleaved=True)
+    assert (q[..., 4:] == float("inf")).all()
+    assert (k[..., 4:] == float("inf")).all()
+
+
+def test_saved_bytes(device: torch.device) -> None:
+    """The input, once, and the angles; nothing between the products and the results."""
+    given = draw(device=device)
+    x, weights, _, cos, sin = given
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        FL.rotary_projections(*given, head_dim=8)
+    assert set(kept) <= {t.untyped_storage().data_ptr() for t in (x, *weights, cos, sin)}

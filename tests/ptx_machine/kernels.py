@@ -417,20 +417,19 @@ _TOGETHER = {
         case(lambda nn: Projections(nn, (3, 2), 16, 37, False, False, 21, 8, True), (2, 21, 37)),
     ),
 }
-"""Several products in one kernel: by the row, the name of their tiles, a case of aligned operands, and one of others."""
 
 
 def _products_together(row: Row) -> Iterator[Run]:
+    """Several products in one kernel, in tiles that go by that name, of aligned operands and of others."""
     table, aligned, odd = _TOGETHER[row.name]
-    ways = [("descriptors", aligned, short, "sm_90") for short in ("bf16", "f16")]
-    cases = [("pointers aligned", aligned), ("pointers odd", odd)]
-    ways += [(*case, *rest) for case, *rest in itertools.product(cases, ("bf16", "f32", "f64"), TARGETS)]
+    ways = [("descriptors", aligned, "bf16", "sm_90"), ("descriptors", aligned, "f16", "sm_90")]
+    for name, given in (("aligned", aligned), ("odd", odd)):
+        ways += [(f"pointers {name}", given, *rest) for rest in itertools.product(("bf16", "f32", "f64"), TARGETS)]
     for way, given, short, target in ways:
-        boxes = way == "descriptors"
-        tile = Tile(16, 32, 16) if short == "f64" else Tile(64, 64 if boxes else 32, 32)
+        tile = Tile(16, 32, 16) if short == "f64" else Tile(64, 64 if way == "descriptors" else 32, 32)
         layer = functools.partial(_layer, given._replace(scale=row.scale), DTYPES[short])
-        call = functools.partial(_forced, layer, **{table: Product(tile, "ieee", descriptors=boxes)})
-        yield Run(f"{row.name} through {way}, {short}, {target}", call, boxes and short == "bf16")
+        call = functools.partial(_forced, layer, **{table: Product(tile, "ieee", descriptors=way == "descriptors")})
+        yield Run(f"{row.name} through {way}, {short}, {target}", call, (way, short) == ("descriptors", "bf16"))
 
 
 _QUICK_IN_PARTS = (("LayerNorm", "rows"), ("BatchNorm2d", "images"))
