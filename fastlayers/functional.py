@@ -29,6 +29,7 @@ from .ops.norm import *
 from .ops.piecewise import *
 from .ops.pooling import *
 from .ops.rotary import *
+from .ops.rotary_projections import *
 from .ops.smooth import *
 from .ops.softmax import *
 from .ops.upsampling import *

@@ -127,6 +127,7 @@ def small_tiles() -> Iterator[None]:
         elementwise_loss=Tile(1, 64), elementwise_loss_grad=Tile(1, 64), nll_loss=Tile(1, 4), nll_loss_grad=Tile(2, 16),
         embedding=Tile(2, 4), embedding_grad=Tile(2, 4), embedding_bag=Tile(2, 4), sample_weights_grad=Tile(2, 4),
         linear_cross_entropy_rows=Tile(4, 1), gated_matmul=Product(Tile(32, 16, 16), "ieee"), gate=Tile(1, 64),
+        rotary_matmul=Product(Tile(16, 16, 16), "ieee"),
         gated=Tile(1, 64), gated_channels=Tile(16, 4), rotary=Tile(1, 16),
         layer_norm=Tile(2, 16), cross_entropy=Tile(2, 4, 2), cross_entropy_grad=Tile(2, 16),
         fold=Tile(2, 16), pool=Tile(32, 2), avg_pool_large=Tile(2, 16),

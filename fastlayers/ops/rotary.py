@@ -42,26 +42,16 @@ class RotaryEmbedding(Operation):
             return BadInput("no key, cos or sin")
         if q.dim() != 4 or k.dim() != 4 or cos.dim() not in (2, 3) or cos.shape != sin.shape:
             return "other dimensions than (B, H, L, D), and (L, R) or (B, L, R)"
-        size, features = cos.shape[-1], q.shape[-1]
-        if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:] or size % 2 or size > features:
-            return BadInput(f"query {tuple(q.shape)}, key {tuple(k.shape)} and {size} angles")
-        if cos.shape[-2] != q.shape[2] or (cos.dim() == 3 and cos.shape[0] not in (1, q.shape[0])):
-            return "angles that are broadcast along positions"
-        if features > 1024:
-            return "more than 1024 features"
-        for angles in (cos, sin):
-            if angles.dtype not in (torch.float32, q.dtype):
-                return "cos or sin in a dtype that is neither float32 nor the query's"
-            if angles.requires_grad:
-                return "cos or sin that require grad"
-        return None
+        if k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+            return BadInput(f"query {tuple(q.shape)} and key {tuple(k.shape)}")
+        return angles_unsupported(cos, sin, q.shape, q.dtype)
 
     def outputs(self, t: Any, options: Options, needs: Needs | None) -> dict[str, Out | str]:
         return {"rotated_query": Out.pointwise(t.query), "rotated_key": Out.pointwise(t.key)}
 
     def forward(self, t: Any, out: Named, options: Options, precision: str) -> None:
         pairs = [(t.query, out.rotated_query), (t.key, out.rotated_key)]
-        kernels.rotary(pairs, *_angles(t.cos, t.sin, t.query), interleaved=options.interleaved)
+        kernels.rotary(pairs, *for_each(t.cos, t.sin, t.query.shape[0]), interleaved=options.interleaved)
 
     def saves(self, t: Any, options: Options, needs: Needs) -> tuple[str, ...]:
         return "cos", "sin"
@@ -77,13 +67,30 @@ class RotaryEmbedding(Operation):
         both = (dy.rotated_query, grads.query), (dy.rotated_key, grads.key)
         pairs = [(d, g) for d, g in both if g is not None]
         if pairs:
-            angles = _angles(saved.cos, saved.sin, pairs[0][0])
+            angles = for_each(saved.cos, saved.sin, pairs[0][0].shape[0])
             kernels.rotary(pairs, *angles, interleaved=options.interleaved, backward=True)
 
 
-def _angles(cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
-    """As views (B, L, R)."""
-    return [t.expand(x.shape[0], *t.shape[-2:]) for t in (cos, sin)]
+def angles_unsupported(cos: Any, sin: Any, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """What speaks against turning a query (B, H, L, D) of this dtype by these angles, both (L, R) or (B, L, R)."""
+    size, features = cos.shape[-1], shape[3]
+    if size % 2 or size > features:
+        return BadInput(f"{size} angles for {features} features")
+    if cos.shape[-2] != shape[2] or (cos.dim() == 3 and cos.shape[0] not in (1, shape[0])):
+        return "angles that are broadcast along positions"
+    if features > 1024:
+        return "more than 1024 features"
+    for angles in (cos, sin):
+        if angles.dtype not in (torch.float32, dtype):
+            return "cos or sin in a dtype that is neither float32 nor the query's"
+        if angles.requires_grad:
+            return "cos or sin that require grad"
+    return None
+
+
+def for_each(cos: torch.Tensor, sin: torch.Tensor, batch: int) -> list[torch.Tensor]:
+    """Of the batch: cos and sin as views (B, L, R)."""
+    return [t.expand(batch, *t.shape[-2:]) for t in (cos, sin)]
 
 
 def _turned(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:

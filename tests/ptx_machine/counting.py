@@ -185,6 +185,7 @@ FORCED = (
     "LinearCrossEntropyLoss through descriptors, tf32", "MultiheadAttention weights, bf16", "PReLU one, bf16",
     "scaled_dot_product_attention decoding, bf16", "conv by boxes groups of 32 NCHW, bf16", "conv measured by boxes NHWC, bf16",
     "gated_mlp through descriptors, bf16", "gated_mlp through pointers aligned, bf16", "product specialized both, bf16",
+    "rotary_projections through descriptors, bf16", "rotary_projections through pointers aligned, bf16",
 )  # fmt: skip
 """Runs of kernels.py that launch the kernels which no other one launches."""
 

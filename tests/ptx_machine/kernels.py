@@ -24,8 +24,9 @@ from activations import RELU
 import fastlayers
 import fastlayers.functional as FL
 from bench import workloads
-from fastlayers.catalog import ROWS, Case
+from fastlayers.catalog import ROWS, Case, Row
 from fastlayers.catalog.gated_mlp import Mlp
+from fastlayers.catalog.rotary import Projections
 from fastlayers.catalog.row import Classes, Floats, case
 from fastlayers.kernels import dropout, norm
 from fastlayers.kernels.conv import tiles as conv_tiles
@@ -397,30 +398,39 @@ def _with_other_tiles() -> Iterator[Run]:
             given = case(lambda nn: nn.LinearCrossEntropyLoss(64, 200, bias=True), (40, 64), Classes((40,), 200))
             for short in ("bf16", "f16", "tf32"):
                 tf32 = short == "tf32"
-                layer = (
-                    functools.partial(_layer_in_tf32, given)
-                    if tf32
-                    else functools.partial(_layer, given, DTYPES[short])
-                )
+                layer = functools.partial(*((_layer_in_tf32, given) if tf32 else (_layer, given, DTYPES[short])))
                 product = Product(Tile(64, 64, 32), "tf32" if tf32 else "ieee", descriptors=True)
                 label = f"{row.name} through descriptors, {short}, sm_90"
                 yield Run(label, functools.partial(_forced, layer, matmul=product), short == "bf16")
+        if row.name in _TOGETHER:
+            yield from _products_together(row)
 
-        if row.name == "gated_mlp":
-            aligned = case(lambda nn: Mlp(nn, 64, 96, 64, "silu", True), (40, 64))
-            for short in ("bf16", "f16"):
-                layer = functools.partial(_layer, aligned, DTYPES[short])
-                product = Product(Tile(64, 64, 32), "ieee", descriptors=True)
-                label = f"{row.name} through descriptors, {short}, sm_90"
-                yield Run(label, functools.partial(_forced, layer, gated_matmul=product), short == "bf16")
-            odd = case(lambda nn: Mlp(nn, 37, 53, 21, "gelu", True), (43, 37))
-            for (name, given), short, target in itertools.product(
-                dict(aligned=aligned, odd=odd).items(), ("bf16", "f32", "f64"), TARGETS
-            ):
-                product = Product(Tile(16, 32, 16) if short == "f64" else Tile(64, 32, 32), "ieee")
-                layer = functools.partial(_layer, given, DTYPES[short])
-                label = f"{row.name} through pointers {name}, {short}, {target}"
-                yield Run(label, functools.partial(_forced, layer, gated_matmul=product), False)
+
+_TOGETHER = {
+    "gated_mlp": (
+        "gated_matmul",
+        case(lambda nn: Mlp(nn, 64, 96, 64, "silu", True), (40, 64)),
+        case(lambda nn: Mlp(nn, 37, 53, 21, "gelu", True), (43, 37)),
+    ),
+    "rotary_projections": (
+        "rotary_matmul",
+        case(lambda nn: Projections(nn, (4, 2), 16, 64, True, False, 20, 16), (2, 20, 64)),
+        case(lambda nn: Projections(nn, (3, 2), 16, 37, False, False, 21, 8, True), (2, 21, 37)),
+    ),
+}
+
+
+def _products_together(row: Row) -> Iterator[Run]:
+    """Several products in one kernel, in tiles that go by that name, of aligned operands and of others."""
+    table, aligned, odd = _TOGETHER[row.name]
+    ways = [("descriptors", aligned, "bf16", "sm_90"), ("descriptors", aligned, "f16", "sm_90")]
+    for name, given in (("aligned", aligned), ("odd", odd)):
+        ways += [(f"pointers {name}", given, *rest) for rest in itertools.product(("bf16", "f32", "f64"), TARGETS)]
+    for way, given, short, target in ways:
+        tile = Tile(16, 32, 16) if short == "f64" else Tile(64, 64 if way == "descriptors" else 32, 32)
+        layer = functools.partial(_layer, given._replace(scale=row.scale), DTYPES[short])
+        call = functools.partial(_forced, layer, **{table: Product(tile, "ieee", descriptors=way == "descriptors")})
+        yield Run(f"{row.name} through {way}, {short}, {target}", call, (way, short) == ("descriptors", "bf16"))
 
 
 _QUICK_IN_PARTS = (("LayerNorm", "rows"), ("BatchNorm2d", "images"))
