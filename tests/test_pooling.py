@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from contract import exactly_same, same
 
 import fastlayers
 import fastlayers.functional as FL
+from fastlayers.kernels.pooling.positions import coordinates
 from fastlayers.kernels.runtime.tiles import Tile, force
 
 
@@ -59,6 +62,24 @@ def test_windows_of_more_pixels_than_a_byte_counts(device: torch.device) -> None
 def test_bounds_of_windows_beyond_32_bits(name: str, device: torch.device) -> None:
     with force(pool=Tile(32768, 1)):
         same(*both(name, torch.randn(1, 1, 60_001, device=device), 40_000))
+
+
+@triton.jit
+def _coordinates_kernel(out_ptr, first, D, H, W):
+    i = tl.arange(0, 4)
+    n, d, h, w = coordinates(first + i, D, H, W)
+    tl.store(out_ptr + i, n)
+    tl.store(out_ptr + 4 + i, d)
+    tl.store(out_ptr + 8 + i, h)
+    tl.store(out_ptr + 12 + i, w)
+
+
+def test_images_of_more_pixels_than_32_bits_count(device: torch.device) -> None:
+    """The last two pixels of an image of 3 * 2**30, and the first two of the next."""
+    d, h, w = 1024, 2048, 1536
+    found = torch.empty(4, 4, dtype=torch.int64, device=device)
+    _coordinates_kernel[(1,)](found, d * h * w - 2, d, h, w)
+    assert found.T.tolist() == [[0, d - 1, h - 1, w - 2], [0, d - 1, h - 1, w - 1], [1, 0, 0, 0], [1, 0, 0, 1]]
 
 
 def test_a_dilation_larger_than_the_image_is_torchs(device: torch.device) -> None:
