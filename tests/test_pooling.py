@@ -18,6 +18,7 @@ import fastlayers
 import fastlayers.functional as FL
 from fastlayers.kernels.pooling.positions import coordinates
 from fastlayers.kernels.runtime.tiles import Tile, force
+from fastlayers.testing import assert_within_budget
 
 
 def both(name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -62,6 +63,16 @@ def test_windows_of_more_pixels_than_a_byte_counts(device: torch.device) -> None
 def test_bounds_of_windows_beyond_32_bits(name: str, device: torch.device) -> None:
     with force(pool=Tile(32768, 1)):
         same(*both(name, torch.randn(1, 1, 60_001, device=device), 40_000))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_mean_of_an_image_is_as_exact_as_torchs(channels_last: bool, device: torch.device) -> None:
+    """Its pixels are shared among threads: one after another, their sum would be rounded thousands of times."""
+    x = torch.rand(2, 5, 64, 64, device=device)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    assert_within_budget(
+        FL.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x.double(), 1)
+    )
 
 
 @triton.jit

@@ -6,8 +6,8 @@ Three kernels, since a channel of a batch lies all over memory:
 - Each program takes some channels of some images, a slice, and writes mean and sum of squared differences to it of each channel.
   It sums x - shift and its square, where the shift is the element of the first tile that is nearest to the tile's mean: so the
   squares are of the variance's size, and little is lost when the square of the mean is taken off. The tile's mean itself may be
-  far from all elements but one. The mean is written as the shift and what is beyond it: a mean of 10,000 would otherwise be rounded
-  to 0.001 before two of them are subtracted.
+  far from all elements but one. The mean is written as the shift and what is beyond it: a mean of 10,000 would otherwise be
+  rounded to 0.001 before two of them are subtracted.
 - These are merged into mean and rstd, in a fixed order, and the running statistics are moved. A first sum gives the mean up to
   rounding, a second one what the slices' means are beyond that. No element of the input has a say in what they are relative to,
   since an outlier would cost all means their last digits.
