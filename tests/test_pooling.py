@@ -75,6 +75,23 @@ def test_the_mean_of_an_image_is_as_exact_as_torchs(channels_last: bool, device:
     )
 
 
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_gradient_of_a_single_pixel_is_shared_among_threads(
+    channels_last: bool, mode: str, launched: list[str], device: torch.device
+) -> None:
+    """It is the sum over an image, as after the pooled branch of a segmentation's head."""
+    dy = torch.rand(2, 5, 24, 20, device=device)
+    dy = dy.to(memory_format=torch.channels_last) if channels_last else dy
+    found = []
+    for space, dtype in ((FL, torch.float32), (F, torch.float32), (F, torch.float64)):
+        x = torch.ones(2, 5, 1, 1, device=device, dtype=dtype, requires_grad=True)
+        y = space.interpolate(x, size=(24, 20), mode=mode)
+        found.append(torch.autograd.grad(y, x, dy.to(dtype))[0])
+    assert_within_budget(*found)
+    assert "_avg_pool_large_kernel" in launched
+
+
 @triton.jit
 def _coordinates_kernel(out_ptr, first, D, H, W):
     i = tl.arange(0, 4)

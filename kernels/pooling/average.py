@@ -217,12 +217,12 @@ def avg_pool(
     """y = the sum of each window over the number of its pixels, or over `divisor`.
 
     Shape: x (N, C, D, H, W) and y (N, C, OD, OH, OW), both with any strides; no dilation.
-    Dtype: floating, the same; sums in float32 (float64).
+    Dtype: each any floating one; sums in float32 (float64).
 
     Args:
         padded: whether padding counts.
     """
-    accumulate = tiles.triton_dtype(torch.promote_types(x.dtype, torch.float32))
+    accumulate = tiles.triton_dtype(torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32))
     outputs = y.shape[2:]
     wide = launch.wide(x, y) or windows.wide(x.shape[2:], outputs)
     meta = dict(PADDED=padded, DIVISOR=divisor, ACC=accumulate, WIDE=wide)
