@@ -175,7 +175,7 @@ def _dropout_features_kernel(
         pid = pid.to(tl.int64)
     i = pid * TILE + tl.arange(0, TILE)
     if LAST:
-        feature = i // (CHANNELS * INNER) * CHANNELS + i % CHANNELS
+        feature = i // INNER // CHANNELS * CHANNELS + i % CHANNELS
     else:
         feature = i // INNER
     factor = tl.load(factor_ptr + feature, mask=i < SIZE, other=0.0)

@@ -137,6 +137,28 @@ def test_a_mean_far_from_0(whole: bool, channels_last: bool, device: torch.devic
     torch.testing.assert_close(var.double(), right.var(1), rtol=2e-5, atol=0)
 
 
+@BY_STATISTICS
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm", "group_norm"])
+def test_an_outlier_comes_first(name: str, whole: bool, device: torch.device) -> None:
+    """It costs the means of all others no digits, wherever it lies."""
+    x = torch.randn(4, 2, 32, 32, device=device)
+    x[0, :, 0, 0] = 3e3
+    if name != "batch_norm":
+        x[:, :, 0, 0] = 3e3
+    found = []
+    for space, data in ((F, x), (TF, x), (TF, x.double())):
+        mean, var = (torch.zeros(2, device=device, dtype=data.dtype) for _ in range(2))
+        with tiles.force(batch_norm_whole=Tile(1, 4096 if whole else 0), batch_norm=Tile(2, 32)):
+            if name == "group_norm":
+                found.append([space.group_norm(data, 2)])
+            elif name == "instance_norm":
+                found.append([space.instance_norm(data, mean, var, momentum=1.0), mean, var])
+            else:
+                found.append([space.batch_norm(data, mean, var, training=True, momentum=1.0), mean, var])
+    for ours, theirs, exact in zip(*found, strict=True):
+        assert_within_budget(ours, theirs, exact)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @BY_STATISTICS
 def test_running_statistics_of_what_is_no_number(value: float, whole: bool, device: torch.device) -> None:

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from contract import exactly_same, same
 
 import fastlayers
 import fastlayers.functional as FL
+from fastlayers.kernels.pooling.positions import coordinates
 from fastlayers.kernels.runtime.tiles import Tile, force
+from fastlayers.testing import assert_within_budget
 
 
 def both(name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -59,6 +63,51 @@ def test_windows_of_more_pixels_than_a_byte_counts(device: torch.device) -> None
 def test_bounds_of_windows_beyond_32_bits(name: str, device: torch.device) -> None:
     with force(pool=Tile(32768, 1)):
         same(*both(name, torch.randn(1, 1, 60_001, device=device), 40_000))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_mean_of_an_image_is_as_exact_as_torchs(channels_last: bool, device: torch.device) -> None:
+    """Its pixels are shared among threads: one after another, their sum would be rounded thousands of times."""
+    x = torch.rand(2, 5, 64, 64, device=device)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    assert_within_budget(
+        FL.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x.double(), 1)
+    )
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_gradient_of_a_single_pixel_is_shared_among_threads(
+    channels_last: bool, mode: str, launched: list[str], device: torch.device
+) -> None:
+    """It is the sum over an image, as after the pooled branch of a segmentation's head."""
+    dy = torch.rand(2, 5, 24, 20, device=device)
+    dy = dy.to(memory_format=torch.channels_last) if channels_last else dy
+    found = []
+    for space, dtype in ((FL, torch.float32), (F, torch.float32), (F, torch.float64)):
+        x = torch.ones(2, 5, 1, 1, device=device, dtype=dtype, requires_grad=True)
+        y = space.interpolate(x, size=(24, 20), mode=mode)
+        found.append(torch.autograd.grad(y, x, dy.to(dtype))[0])
+    assert_within_budget(*found)
+    assert "_avg_pool_large_kernel" in launched
+
+
+@triton.jit
+def _coordinates_kernel(out_ptr, first, D, H, W):
+    i = tl.arange(0, 4)
+    n, d, h, w = coordinates(first + i, D, H, W)
+    tl.store(out_ptr + i, n)
+    tl.store(out_ptr + 4 + i, d)
+    tl.store(out_ptr + 8 + i, h)
+    tl.store(out_ptr + 12 + i, w)
+
+
+def test_images_of_more_pixels_than_32_bits_count(device: torch.device) -> None:
+    """The last two pixels of an image of 3 * 2**30, and the first two of the next."""
+    d, h, w = 1024, 2048, 1536
+    found = torch.empty(4, 4, dtype=torch.int64, device=device)
+    _coordinates_kernel[(1,)](found, d * h * w - 2, d, h, w)
+    assert found.T.tolist() == [[0, d - 1, h - 1, w - 2], [0, d - 1, h - 1, w - 1], [1, 0, 0, 0], [1, 0, 0, 1]]
 
 
 def test_a_dilation_larger_than_the_image_is_torchs(device: torch.device) -> None:

@@ -134,6 +134,7 @@ ROWS = (
             plain=case(lambda nn: nn.AdaptiveAvgPool2d((3, 4)), (2, 3, 5, 9)),
             one=case(lambda nn: nn.AdaptiveAvgPool2d(1), (2, 3, 7, 6)),
             divides=case(lambda nn: nn.AdaptiveAvgPool2d((2, None)), (2, 3, 6, 4)),
+            last=case(lambda nn: nn.AdaptiveAvgPool2d(1), Floats((2, 20, 7, 6), True)),
         ),
     ),
     Row(

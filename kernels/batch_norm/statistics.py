@@ -4,11 +4,13 @@ channel over a batch of images, or of some channels of one image.
 Three kernels, since a channel of a batch lies all over memory:
 
 - Each program takes some channels of some images, a slice, and writes mean and sum of squared differences to it of each channel.
-  It sums x - shift and its square, where the shift is the mean of the first tile: so the squares are of the variance's size, and
-  little is lost when the square of the mean is taken off.
-- These are merged into mean and rstd, in a fixed order, and the running statistics are moved. Means of slices are given relative
-  to the first element of what is normalised together: a mean of 10,000 would otherwise be rounded to 0.001 before two of them are
-  subtracted.
+  It sums x - shift and its square, where the shift is the element of the first tile that is nearest to the tile's mean: so the
+  squares are of the variance's size, and little is lost when the square of the mean is taken off. The tile's mean itself may be
+  far from all elements but one. The mean is written as the shift and what is beyond it: a mean of 10,000 would otherwise be
+  rounded to 0.001 before two of them are subtracted.
+- These are merged into mean and rstd, in a fixed order, and the running statistics are moved. A first sum gives the mean up to
+  rounding, a second one what the slices' means are beyond that. No element of the input has a say in what they are relative to,
+  since an outlier would cost all means their last digits.
 - x is read again, and y written.
 
 With running statistics only the last one runs.
@@ -35,23 +37,13 @@ def _finite(x):
 
 
 @triton.jit
-def _first(x_ptr, n, c, x_n, x_row, D, ACROSS: tl.constexpr, LAST: tl.constexpr):
-    """The offset of the first of the elements that share statistics with channel c of image n."""
-    c = c // D * D
-    offset = c if LAST else c * x_row
-    if not ACROSS:
-        offset += n * x_n
-    return x_ptr + offset
-
-
-@triton.jit
 def _statistics_kernel(
-    x_ptr, mean_ptr, squares_ptr,
-    N, C, P, D, x_n, x_row, IMAGES, PIXELS,
-    ACROSS: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
+    x_ptr, shift_ptr, rest_ptr, squares_ptr,
+    N, C, P, x_n, x_row, IMAGES, PIXELS,
+    LAST: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     TILE_C: tl.constexpr, TILE_P: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_C channels of a slice, read once. Writes two numbers for each of them."""
+    """One program: TILE_C channels of a slice, read once. Writes three numbers for each of them."""
     C, P = multiples(C, P, LAST, VEC)
     x_n, x_row = x_n // VEC * VEC, x_row // VEC * VEC
     tiles_c, columns = tl.cdiv(C, TILE_C), tl.cdiv(P, PIXELS)
@@ -63,11 +55,13 @@ def _statistics_kernel(
     if WIDE:
         c, pixel, n = c.to(tl.int64), pixel.to(tl.int64), n.to(tl.int64)
     c_inside = c < C
-    first = tl.load(_first(x_ptr, n, c, x_n, x_row, D, ACROSS, LAST), mask=c_inside, other=0.0).to(ACC)
-    first = _finite(first)
     inside = c_inside[:, None] & (p + pixel < last_p)[None, :]
     x = tl.load(x_ptr + (n * x_n + offsets(c, p + pixel, x_row, LAST)), mask=inside, other=0.0).to(ACC)
-    shift = _finite(tl.sum(x, axis=1) / tl.minimum(last_p - p, TILE_P).to(ACC))
+    middle = tl.sum(x, axis=1) / tl.minimum(last_p - p, TILE_P).to(ACC)
+    x = x - middle[:, None]
+    above = tl.min(tl.where(inside & (x >= 0), x, float("inf")), axis=1)
+    below = tl.max(tl.where(inside & (x <= 0), x, float("-inf")), axis=1)
+    shift = _finite(middle + tl.where(above < -below, above, below))
     sums = tl.zeros((TILE_C, TILE_P), ACC)
     squares = tl.zeros((TILE_C, TILE_P), ACC)
     for image in range(n, last_n):
@@ -82,7 +76,8 @@ def _statistics_kernel(
     square = tl.sum(squares, axis=1) - rest * rest * count
     square = tl.where(square < 0, 0.0, square)  # by rounding, where all elements are equal; keeps NaN
     out = tl.cast(pid_s, tl.int64) * C + c
-    tl.store(mean_ptr + out, rest + (shift - first), mask=c_inside)
+    tl.store(shift_ptr + out, shift, mask=c_inside)
+    tl.store(rest_ptr + out, rest, mask=c_inside)
     tl.store(squares_ptr + out, square, mask=c_inside)
 
 
@@ -100,10 +95,9 @@ def _entries(start, q, Q, N, C, P, G, D, SLICES, IMAGES, PIXELS, TILE_E: tl.cons
 
 @triton.jit
 def _merge_kernel(
-    x_ptr, means_ptr, squares_ptr, mean_ptr, rstd_ptr, var_ptr, running_mean_ptr, running_var_ptr, factor_ptr,
-    Q, N, C, P, G, D, x_n, x_row, SLICES, IMAGES, PIXELS, mean_step, var_step, MOMENTUM: tl.float64, EPS: tl.float64,
-    ACROSS: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_E: tl.constexpr,
+    shift_ptr, rest_ptr, squares_ptr, mean_ptr, rstd_ptr, var_ptr, running_mean_ptr, running_var_ptr, factor_ptr,
+    Q, N, C, P, G, D, SLICES, IMAGES, PIXELS, mean_step, var_step, MOMENTUM: tl.float64, EPS: tl.float64,
+    ACC: tl.constexpr, TILE_Q: tl.constexpr, TILE_E: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_Q statistics, from all their slices in order, read twice. `N` is the number of images in one of them.
     Moves running statistics, which are those of a channel over the batch; or writes the unbiased variance."""
@@ -114,20 +108,22 @@ def _merge_kernel(
     sums = tl.zeros((TILE_Q, TILE_E), ACC)
     for start in range(0, SLICES * D, TILE_E):
         entries, count, inside = _entries(start, q, Q, N, C, P, G, D, SLICES, IMAGES, PIXELS, TILE_E)
-        sums += tl.load(means_ptr + entries, mask=inside, other=0.0) * count.to(ACC)
-    mean = tl.sum(sums, axis=1) / total
+        shift = tl.load(shift_ptr + entries, mask=inside, other=0.0)
+        sums += (shift + tl.load(rest_ptr + entries, mask=inside, other=0.0)) * count.to(ACC)
+    rough = _finite(tl.sum(sums, axis=1) / total)
     sums = tl.zeros((TILE_Q, TILE_E), ACC)
+    squares = tl.zeros((TILE_Q, TILE_E), ACC)
     for start in range(0, SLICES * D, TILE_E):
         entries, count, inside = _entries(start, q, Q, N, C, P, G, D, SLICES, IMAGES, PIXELS, TILE_E)
-        rest = tl.load(means_ptr + entries, mask=inside, other=0.0) - mean[:, None]
+        rest = tl.load(shift_ptr + entries, mask=inside, other=0.0) - rough[:, None]
+        rest += tl.load(rest_ptr + entries, mask=inside, other=0.0)
         square = tl.load(squares_ptr + entries, mask=inside, other=0.0) + rest * rest * count.to(ACC)
-        sums += tl.where(inside, square, 0.0)
-    square = tl.sum(sums, axis=1)
-    n, c = q // G, q % G * D
-    if WIDE:
-        n, c = n.to(tl.int64), c.to(tl.int64)
-    first = tl.load(_first(x_ptr, n, c, x_n, x_row, D, ACROSS, LAST), mask=q_inside, other=0.0).to(ACC)
-    mean += _finite(first)
+        sums += tl.where(inside, rest * count.to(ACC), 0.0)
+        squares += tl.where(inside, square, 0.0)
+    beyond = tl.sum(sums, axis=1) / total
+    square = tl.sum(squares, axis=1) - beyond * beyond * total
+    square = tl.where(square < 0, 0.0, square)  # by rounding, where all elements are equal; keeps NaN
+    mean = rough + beyond
     tl.store(mean_ptr + q, mean, mask=q_inside)
     tl.store(rstd_ptr + q, tl.rsqrt(square / total + eps), mask=q_inside)
     if var_ptr is not None:
@@ -233,15 +229,12 @@ def statistics(
     (x_n, x_row), vec = strides(rows), vector(rows)
     tile = planes.tile(accumulate, vec)
     slices = planes.slices(tile, device)
-    common = dict(
-        ACROSS=planes.across, LAST=planes.last, ACC=tiles.triton_dtype(accumulate), WIDE=is_wide(planes, rows)
-    )  # fmt: skip
-    means, squares = (launch.empty((slices.count, planes.c), dtype=accumulate, device=x.device) for _ in range(2))
-    sizes = (planes.n, planes.c, planes.p)
+    written = [launch.empty((slices.count, planes.c), dtype=accumulate, device=x.device) for _ in range(3)]
     launch.launch(
         _statistics_kernel, slices.count * cdiv(planes.c, tile.m),
-        rows, means, squares, *sizes, planes.depth, x_n, x_row, slices.images, slices.pixels,
-        **common, VEC=vec, TILE_C=tile.m, TILE_P=tile.n, num_warps=tile.warps,
+        rows, *written, planes.n, planes.c, planes.p, x_n, x_row, slices.images, slices.pixels,
+        LAST=planes.last, ACC=tiles.triton_dtype(accumulate), WIDE=is_wide(planes, rows), VEC=vec,
+        TILE_C=tile.m, TILE_P=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     track = running[0] is not None and not planes.across
     var = launch.empty(mean.shape, dtype=accumulate, device=x.device) if track else None
@@ -250,10 +243,10 @@ def statistics(
     tile = tiles.ask("batch_norm_merge", lambda: (picked,)) or picked
     launch.launch(
         _merge_kernel, cdiv(planes.statistics, tile.m),
-        rows, means, squares, mean, rstd, var, *((None, None, None) if track else (*running, factor)),
-        planes.statistics, planes.n if planes.across else 1, planes.c, planes.p, planes.groups, planes.depth, x_n, x_row,
+        *written, mean, rstd, var, *((None, None, None) if track else (*running, factor)),
+        planes.statistics, planes.n if planes.across else 1, planes.c, planes.p, planes.groups, planes.depth,
         slices.count if planes.across else slices.columns, slices.images, slices.pixels, *steps, momentum, eps,
-        **common, TILE_Q=tile.m, TILE_E=tile.n, num_warps=tile.warps,
+        ACC=tiles.triton_dtype(accumulate), TILE_Q=tile.m, TILE_E=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     if var is not None:
         track_averages(mean, var, running, momentum, factor, planes)

@@ -1,7 +1,8 @@
 """Average pooling: y = the sum of a window of x over its divisor, and dx at a pixel = the sum of dy over the windows that hold
 the pixel, each over its divisor. Like the maximum's, the gradient is gathered, without atomic operations.
 
-A window of many pixels, where channels aren't contiguous, is shared among the threads of a program, as a row of softmax is.
+A window of many pixels is shared among the threads of a program, as a row of softmax is; in channels_last with those of the
+channels beside it.
 """
 
 import math
@@ -19,6 +20,8 @@ _LARGE = 32
 """From so many pixels on a window is shared among threads."""
 _MEAN = {64: Tile(16, 64, warps=4), 512: Tile(2, 512, warps=4), 2048: Tile(1, 2048, warps=4)}
 """m windows, n pixels at a time, by the most pixels for which it is taken; the last one for all beyond."""
+_MEAN_LAST = Tile(32, 64, warps=4)
+"""m windows of adjacent channels, n pixels at a time, in channels_last."""
 
 
 @triton.jit
@@ -88,17 +91,22 @@ def _avg_pool_kernel(
 def _avg_pool_large_kernel(
     x_ptr, y_ptr, WINDOWS, C, D, H, W, OD, OH, OW,
     x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, pad_d, pad_h, pad_w, K_D, K_H, K_W, S_D, S_H, S_W,
-    ADAPTIVE: tl.constexpr, PADDED: tl.constexpr, DIVISOR: tl.constexpr,
+    LAST: tl.constexpr, ADAPTIVE: tl.constexpr, PADDED: tl.constexpr, DIVISOR: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_M windows, TILE_K pixels of each at a time."""
+    """One program: TILE_M windows, TILE_K pixels of each at a time. With LAST, the windows of a place's channels follow each
+    other, otherwise those of a channel."""
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
     m = pid * TILE_M + tl.arange(0, TILE_M)
     m_inside = m < WINDOWS
-    nc, od, oh, ow = coordinates(m, OD, OH, OW)
-    n, c = nc // C, nc % C
+    if LAST:
+        c = m % C
+        n, od, oh, ow = coordinates(m // C, OD, OH, OW)
+    else:
+        nc, od, oh, ow = coordinates(m, OD, OH, OW)
+        n, c = nc // C, nc % C
     d_begin, d_end = window(od, D, OD, K_D, S_D, 1, pad_d, ADAPTIVE)
     h_begin, h_end = window(oh, H, OH, K_H, S_H, 1, pad_h, ADAPTIVE)
     w_begin, w_end = window(ow, W, OW, K_W, S_W, 1, pad_w, ADAPTIVE)
@@ -174,9 +182,9 @@ def _avg_pool_grad_kernel(
     tl.store(dx_ptr + offsets, total.to(dx_ptr.dtype.element_ty), mask=m_inside[:, None] & c_inside[None, :])
 
 
-def _large_tile(taps: int) -> Tile:
-    """The tile of windows of so many pixels."""
-    tile = next((tile for most, tile in _MEAN.items() if taps <= most), _MEAN[2048])
+def _large_tile(taps: int, last: bool) -> Tile:
+    """The tile of windows of so many pixels, in channels_last or not."""
+    tile = _MEAN_LAST if last else next((tile for most, tile in _MEAN.items() if taps <= most), _MEAN[2048])
     return tiles.ask("avg_pool_large", lambda: (tile,)) or tile
 
 
@@ -209,23 +217,24 @@ def avg_pool(
     """y = the sum of each window over the number of its pixels, or over `divisor`.
 
     Shape: x (N, C, D, H, W) and y (N, C, OD, OH, OW), both with any strides; no dilation.
-    Dtype: floating, the same; sums in float32 (float64).
+    Dtype: each any floating one; sums in float32 (float64).
 
     Args:
         padded: whether padding counts.
     """
-    accumulate = tiles.triton_dtype(torch.promote_types(x.dtype, torch.float32))
+    accumulate = tiles.triton_dtype(torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32))
     outputs = y.shape[2:]
     wide = launch.wide(x, y) or windows.wide(x.shape[2:], outputs)
     meta = dict(PADDED=padded, DIVISOR=divisor, ACC=accumulate, WIDE=wide)
-    if windows.taps >= _LARGE and (x.stride(1) != 1 or x.shape[1] == 1):
+    if windows.taps >= _LARGE:
         x, windows = _rows(x, windows)
-        tile = _large_tile(windows.taps)
+        last = x.stride(1) == 1 and x.shape[1] > 1
+        tile = _large_tile(windows.taps, last)
         launch.launch(
             _avg_pool_large_kernel, tiles.cdiv(y.numel(), tile.m),
             x, y, y.numel(), *x.shape[1:], *outputs, *x.stride(), *y.stride(),
             *windows.padding, *windows.kernel, *windows.stride,
-            **meta, ADAPTIVE=windows.adaptive, TILE_M=tile.m, TILE_K=tile.n, num_warps=tile.warps,
+            **meta, LAST=last, ADAPTIVE=windows.adaptive, TILE_M=tile.m, TILE_K=tile.n, num_warps=tile.warps,
         )  # fmt: skip
         return
     x, y = merged(x, y)  # type: ignore[assignment]

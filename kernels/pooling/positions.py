@@ -54,8 +54,11 @@ def tile_of(POSITIONS, C, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.c
 
 @triton.jit
 def coordinates(m, D, H, W):
-    """Image, depth, row and column of pixels that are counted through the batch."""
-    return m // (W * H * D), m // (W * H) % D, m // W % H, m % W
+    """Image, depth, row and column of pixels that are counted through the batch. Divided in turn, since the sizes of an image are
+    32-bit numbers, whose product need not be one."""
+    row = m // W
+    plane = row // H
+    return plane // D, plane % D, row % H, m % W
 
 
 @triton.jit

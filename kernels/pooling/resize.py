@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from ..runtime import launch, tiles
+from .average import avg_pool
 from .positions import coordinates, merged, pick, programs, tile_of
-from .windows import Triple, unrolled
+from .windows import Triple, Windows, triple, unrolled
 
 
 @triton.jit
@@ -210,6 +211,9 @@ def resize_grad(
     """
     if dy.numel() == 0:
         dx.zero_()
+        return
+    if dx.shape[2:].numel() == 1:  # all pixels are made of this one, and their weights are 1
+        avg_pool(dy, dx, Windows(triple(dy.shape[2:], 1)), divisor=1)
         return
     dy, dx = merged(dy, dx)  # type: ignore[assignment]
     n, c, *image = dx.shape
