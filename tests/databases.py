@@ -54,8 +54,17 @@ SCALE = {cls.__name__: row.scale for row in ROWS for cls in CLASSES if cls.__nam
 
 def tolerance(module: torch.nn.Module) -> dict[str, float]:
     """For assert_close: that of its default, unless results within are differences of larger numbers."""
-    scale = max(SCALE.get(type(m).__name__, 0) for m in module.modules())
-    return dict(rtol=1e-4, atol=1e-4) if scale else {}
+    return dict(rtol=1e-4, atol=1e-4) if scale_of(module) else {}
+
+
+def size_of(*tensors: torch.Tensor) -> float:
+    """The largest number in them, at least 1. A row's `scale` is that of arguments of size 1; the databases' reach 9."""
+    return max([1.0, *[t.detach().nan_to_num(0, 0, 0).abs().max().item() for t in tensors if t.numel()]])
+
+
+def scale_of(module: torch.nn.Module) -> float:
+    """The largest `scale` of a layer within."""
+    return max(SCALE.get(type(m).__name__, 0) for m in module.modules())
 
 
 def function_of(info: Any) -> str | None:

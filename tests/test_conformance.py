@@ -21,7 +21,6 @@ from databases import (
     MODULES,
     OPS,
     ROW,
-    SCALE,
     Call,
     few,
     first,
@@ -30,6 +29,8 @@ from databases import (
     leaves,
     of_dtypes,
     on_kernels,
+    scale_of,
+    size_of,
     tolerance,
 )
 from samples_table import table
@@ -144,10 +145,11 @@ def test_module(info: Any, dtype: torch.dtype, device: torch.device) -> None:
         if sample.arguments not in copied:  # the same layer in another shape has the same copies
             copied.add(sample.arguments)
             runs += [(copy.deepcopy(ours), call, dy), (pickle.loads(pickle.dumps(ours)), call, dy)]
+        scale = scale_of(theirs) * size_of(*call.floats)
         for module, given, dy_ in runs:
             mine = on_kernels(run, module, given, dy_)
             for a, c, *b in zip(mine, right, *others, strict=True):
-                assert_within_budget(a, b, c, str(ours), SCALE[info.module_cls.__name__])
+                assert_within_budget(a, b, c, str(ours), scale)
         # The database's reference rounds as well, in 16 bits more than torch does. The errors were judged by float64 above.
         if sample.reference is not None and dtype.itemsize > 2:
             torch.testing.assert_close(

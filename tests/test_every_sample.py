@@ -18,7 +18,21 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from contract import BY_VECTOR, memory, one_by_one
-from databases import FLOATS, MARKS, MODULES, OPS, ROW, SCALE, Call, explained, first, function_of, gradients, leaves
+from databases import (
+    FLOATS,
+    MARKS,
+    MODULES,
+    OPS,
+    ROW,
+    Call,
+    explained,
+    first,
+    function_of,
+    gradients,
+    leaves,
+    scale_of,
+    size_of,
+)
 from test_conformance import samples
 from test_conformance_functions import call_of, functions, widened
 
@@ -28,6 +42,7 @@ from fastlayers.testing.budget import Errors, errors
 
 pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"), pytest.mark.slow]
 
+NAMED = {row.name: row for row in ROW.values()}
 ONE_BY_ONE = 2**10
 """So many elements torch can be asked about one at a time."""
 
@@ -71,7 +86,7 @@ def kept(function: Any, call: Call, dy: torch.Tensor) -> tuple[Any, int]:
     return found, memory(saved, leaves(call.tree) + parameters)[2]
 
 
-def judge(subject: Subject, name: str, scale: float, figures: Counter[str], reasons: Counter[str]) -> None:
+def judge(subject: Subject, name: str, figures: Counter[str], reasons: Counter[str]) -> None:
     """Whether ours is within the budget.
 
     Args:
@@ -79,6 +94,8 @@ def judge(subject: Subject, name: str, scale: float, figures: Counter[str], reas
         reasons: those for which torch computed a sample, counted.
     """
     call, theirs, exact = subject.call, subject.theirs, subject.exact
+    scale = scale_of(theirs) if isinstance(theirs, torch.nn.Module) else NAMED[name].scale
+    scale *= size_of(*call.floats)
     if name in BY_VECTOR and any([bool(t.isnan().any()) for t in call.floats]):
         if call.floats[0].numel() > ONE_BY_ONE:
             reasons["NaN in a large tensor, of which torch on a CPU would have to be asked one by one"] += 1
@@ -123,12 +140,12 @@ def judge(subject: Subject, name: str, scale: float, figures: Counter[str], reas
     reasons.update({*why})
 
 
-def judge_all(row: str, dtype: torch.dtype, subjects: Iterator[Subject], scale: float) -> None:
+def judge_all(row: str, dtype: torch.dtype, subjects: Iterator[Subject]) -> None:
     figures: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     with fastlayers.policy("auto"):
         for subject in subjects:
-            judge(subject, row, scale, figures, reasons)
+            judge(subject, row, figures, reasons)
     assert figures["passed"]
     path = os.environ.get("FASTLAYERS_SAMPLES_FILE")
     if path:
@@ -148,7 +165,7 @@ def of_floats(infos: list[Any], dtypes: Callable[[Any], Any]) -> list[Any]:
 @pytest.mark.parametrize(("info", "dtype"), of_floats(MODULES, lambda info: info.dtypes))
 def test_modules(info: Any, dtype: torch.dtype, device: torch.device) -> None:
     name = info.module_cls.__name__
-    judge_all(name.removeprefix("Lazy"), dtype, of_module(info, dtype, device), SCALE[name])
+    judge_all(name.removeprefix("Lazy"), dtype, of_module(info, dtype, device))
 
 
 @pytest.mark.parametrize(
@@ -156,5 +173,4 @@ def test_modules(info: Any, dtype: torch.dtype, device: torch.device) -> None:
 )
 @pytest.mark.usefixtures("large_tiles")
 def test_functions(info: Any, dtype: torch.dtype, device: torch.device) -> None:
-    row = ROW[function_of(info)]
-    judge_all(row.name, dtype, of_function(info, dtype, device), row.scale)
+    judge_all(ROW[function_of(info)].name, dtype, of_function(info, dtype, device))

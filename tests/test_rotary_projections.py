@@ -224,6 +224,20 @@ def test_infinite_features_that_arent_turned(device: torch.device) -> None:
     assert (k[..., 4:] == float("inf")).all()
 
 
+def test_replayed(device: torch.device, plays: list[None]) -> None:
+    """Forward and backward, also where the value's gradient lies in another order."""
+    x, weights, biases, cos, sin = draw(device=device)
+    found = []
+    for _ in range(4):
+        leaf = torch.ones_like(x).requires_grad_()
+        plays.clear()
+        ys = FL.rotary_projections(leaf, weights, biases, cos, sin, head_dim=8)
+        dys = [torch.ones(y.shape, device=device) for y in ys]
+        found.append([*ys, *torch.autograd.grad(ys, [leaf], dys)])
+    assert len(plays) == 2
+    torch.testing.assert_close(found[-1], found[0], rtol=0, atol=0)
+
+
 def test_saved_bytes(device: torch.device) -> None:
     """The input, once, and the angles; nothing between the products and the results."""
     given = draw(device=device)

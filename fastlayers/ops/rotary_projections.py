@@ -203,8 +203,7 @@ class PackedRotaryProjections(RotaryProjections):
         return h * options.head_dim, g * options.head_dim, g * options.head_dim
 
     def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
-        weights = t.weight.split(self.sizes(t, options))
-        biases = (None,) * 3 if t.bias is None else t.bias.split(self.sizes(t, options))
+        weights, biases = (_parts(packed, 0, self.sizes(t, options)) for packed in (t.weight, t.bias))
         layers = [item for layer in zip(weights, biases, strict=True) for item in layer]
         super().forward(_rotary_projections.Tensors(t.input, *layers, t.cos, t.sin), out, options, precision)
 
@@ -220,7 +219,7 @@ class PackedRotaryProjections(RotaryProjections):
         b, _, l, _ = some.shape
         sizes = self.sizes(None, options)
         packed = Out((b * l, sum(sizes)), some.dtype).empty(some.device)
-        parts = packed.split(sizes, 1)
+        parts = _parts(packed, 1, sizes)
         for name, part in zip(_RESULTS, parts, strict=True):
             if dy[name] is None:
                 part.zero_()
@@ -238,6 +237,11 @@ def _in_heads(x: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
     return x.unflatten(-1, (heads, head_dim)).transpose(-3, -2)
 
 
+def _parts(packed: Any, dim: int, sizes: Sequence[int]) -> list[Any]:
+    """Views one after the other; not by `split`, whose list of views a replay can't repeat."""
+    return [None if packed is None else packed.narrow(dim, sum(sizes[:i]), n) for i, n in enumerate(sizes)]
+
+
 def _layers(t: Any) -> tuple[tuple[Any, Any], ...]:
     """Weight and bias, or their gradients, of query, key and value."""
     return (t.query_weight, t.query_bias), (t.key_weight, t.key_bias), (t.value_weight, t.value_bias)
@@ -250,12 +254,11 @@ def _turn_back(dys: Sequence[Any], parts: Sequence[Any], saved: Named, options: 
         for d, part in zip(dys, parts, strict=True)
     ]
     turned, value = [pair for pair in pairs[:2] if pair is not None], pairs[2]
+    angles = for_each(saved.cos, saved.sin, next(pair for pair in pairs if pair is not None)[0].shape[0])
     if turned:
-        angles = for_each(saved.cos, saved.sin, turned[0][0].shape[0])
         kernels.rotary(turned, *angles, interleaved=options.interleaved, backward=True)
     if value is not None:  # copied by the same kernel, since a copy by torch couldn't be replayed
-        d = value[0]
-        none = Out((d.shape[0], d.shape[2], 0), d.dtype).empty(d.device)
+        none = angles[0].narrow(-1, 0, 0)
         kernels.rotary([value], none, none, interleaved=False)
 
 
