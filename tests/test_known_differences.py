@@ -41,7 +41,8 @@ def test_linear_layers_are_one_node(device: torch.device) -> None:
     nodes = []
     for space in SPACES:
         model = space.Sequential(space.Linear(2, 3), space.Linear(3, 2)).to(device)
-        node, count = model(torch.randn(4, 2, device=device)).grad_fn, 0
+        y = model(torch.randn(4, 2, device=device))  # which keeps its graph alive
+        node, count = y.grad_fn, 0
         while node is not None and not hasattr(node, "variable"):
             count += 1
             node = next((n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable")), None)

@@ -312,8 +312,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         batch_first = self.batch_first and query.dim() == 3
         if batch_first:  # what is one tensor stays one
-            turned = {id(t): t.transpose(1, 0) for t in (query, key, value)}
-            query, key, value = turned[id(query)], turned[id(key)], turned[id(value)]
+            is_query, is_key = key is query, value is key
+            query = query.transpose(1, 0)
+            key = query if is_query else key.transpose(1, 0)
+            value = key if is_key else value.transpose(1, 0)
         output, weights = F.multi_head_attention_forward(
             query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v,
             self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias, training=self.training,

@@ -192,8 +192,10 @@ def races(reports: list[Report]) -> list[str]:
 def _by_triton_3_6(race: str) -> bool:
     """Whether it is one that Triton 3.6 is known for: it leaves out the fence between copies by threads and products, which 3.7
     puts in."""
-    old = triton.__version__.startswith("3.6.")
-    return old and "async proxy reads" in race and "cp.async." in race
+    if not triton.__version__.startswith("3.6.") or "async proxy reads" not in race:
+        return False
+    writer = race.rsplit("): PTX line", 1)[0]  # what stands behind it is the reader
+    return "cp.async." in writer and "cp.async.bulk" not in writer
 
 
 def tensor_is_watched(tensor: torch.Tensor) -> bool:
