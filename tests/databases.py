@@ -67,6 +67,13 @@ def scale_of(module: torch.nn.Module) -> float:
     return max(SCALE.get(type(m).__name__, 0) for m in module.modules())
 
 
+def scale_for(module: torch.nn.Module, *arguments: torch.Tensor) -> float:
+    """The size of the numbers that results and gradients for these arguments are differences of."""
+    # Of attention's weights they are sums of products of an argument with such a difference.
+    squared = any(isinstance(m, torch.nn.MultiheadAttention) for m in module.modules())
+    return scale_of(module) * size_of(*arguments) ** (2 if squared else 1)
+
+
 def function_of(info: Any) -> str | None:
     """The name in torch.nn.functional of the function that a row of op_db is about, if that is ours and isn't random."""
     if info.name == "unfold":

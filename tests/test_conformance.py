@@ -29,8 +29,7 @@ from databases import (
     leaves,
     of_dtypes,
     on_kernels,
-    scale_of,
-    size_of,
+    scale_for,
     tolerance,
 )
 from samples_table import table
@@ -145,7 +144,7 @@ def test_module(info: Any, dtype: torch.dtype, device: torch.device) -> None:
         if sample.arguments not in copied:  # the same layer in another shape has the same copies
             copied.add(sample.arguments)
             runs += [(copy.deepcopy(ours), call, dy), (pickle.loads(pickle.dumps(ours)), call, dy)]
-        scale = scale_of(theirs) * size_of(*call.floats)
+        scale = scale_for(theirs, *call.floats)
         for module, given, dy_ in runs:
             mine = on_kernels(run, module, given, dy_)
             for a, c, *b in zip(mine, right, *others, strict=True):
