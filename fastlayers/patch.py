@@ -1,6 +1,7 @@
 """`patched`: programs that import torch.nn get our layers and functions, with no line changed. See docs/decisions/0013.
 
-`isinstance` finds both classes; `type(m) is torch.nn.Linear` and dictionaries keyed by class don't find ours.
+`isinstance(m, torch.nn.Linear)` is true of our layers too, since they are subclasses. `type(m) is torch.nn.Linear` isn't, and a
+dictionary keyed by torch's classes doesn't have ours.
 """
 
 from __future__ import annotations

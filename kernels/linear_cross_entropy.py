@@ -255,20 +255,22 @@ def linear_cross_entropy(
     m, n, accumulate = x.shape[0], w.shape[0], torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.contiguous()
     hit = launch.empty((m,), dtype=accumulate, device=x.device)
-    # One plan for all chunks, which begin as aligned as x does, since 256 divides their rows.
+    # One plan for all chunks: 256 divides the rows of each, unless a test forces it, so they begin as aligned as x.
     plan = _product(x, w, None, precision)
     slots = cdiv(n, plan.tile.n >> _halves(plan.tile))
     rows = _chunk(m, 2 * slots * accumulate.itemsize, _PARTIALS_BYTES)
     chunks, each, sums = range(0, m, max(rows, 1)), cdiv(rows, _MERGE.m), None
     if reduction != "none":
         sums = launch.empty((2, len(chunks) * each), dtype=accumulate, device=x.device)
+    # One allocation, since a call that is recorded keeps all of its memory to the end.
+    room = launch.empty((2 * slots * rows,), dtype=accumulate, device=x.device)
     for i, start in enumerate(chunks):
         x_, target_, hit_, statistics_, out_, sums_ = x, target, hit, statistics, out, sums
         if len(chunks) > 1:
             x_, target_, hit_ = (t[start : start + rows] for t in (x, target, hit))
             statistics_ = None if statistics is None else statistics.view(2 * m)[start:]
             out_, sums_ = (out[start:], None) if sums is None else (None, sums.view(sums.numel())[i * each :])
-        partials = launch.empty((2, slots, len(x_)), dtype=accumulate, device=x.device)
+        partials = room[: 2 * slots * len(x_)].view(2, slots, len(x_))
         _launch_logits(
             plan, x_, w, bias, target_, weight, size=m, ignore_index=ignore_index, partials=partials, hit=hit_
         )
@@ -280,7 +282,6 @@ def linear_cross_entropy(
             target.stride(0), 0 if weight is None else weight.stride(0), ignore_index,
             LOWEST=_LOWEST[accumulate], TILE_M=_MERGE.m, TILE_S=_MERGE.n, num_warps=_MERGE.warps,
         )  # fmt: skip
-        del partials  # before the next chunk's are allocated
     if sums is not None:
         sum_losses(out, sums, 1, total=total, by_weight=reduction == "mean")
 

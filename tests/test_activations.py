@@ -125,6 +125,30 @@ def test_bounds_that_16_bits_round(name: str, lambd: float, device: torch.device
     assert torch.equal(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize(("name", "joins"), [("Hardshrink", False), ("Softshrink", False), ("LeakyReLU", True)])
+def test_what_torch_rounds_is_not_joined(name: str, joins: bool, launched: list[str], device: torch.device) -> None:
+    """A kernel of several layers computes with the options as they are."""
+    x = torch.tensor([[0.3, 2.0, -9.0]], dtype=torch.float16, device=device)
+    found = []
+    for space in (nn, torch.nn):
+        model = space.Sequential(space.Linear(3, 3, bias=False), getattr(space, name)(0.3)).half().to(device)
+        model[0].weight.data = torch.eye(3, device=device).half()
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.backward(torch.ones_like(y))
+        found.append((y, given.grad))
+        if space is nn:
+            assert ("_pointwise_kernel" not in launched) == joins
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_factor_that_is_no_number(device: torch.device) -> None:
+    x, factor = torch.randn(5, device=device), torch.tensor(1.5, device=device)
+    with fastlayers.policy("auto"):
+        torch.testing.assert_close(F.swish(x, factor), x * torch.sigmoid(factor * x))  # type: ignore[arg-type]
+
+
 def test_options_are_arguments_of_one_kernel(launched: list[str], device: torch.device) -> None:
     """Two layers of a class, whose options change between calls, alone and in other kernels; float64 isn't rounded."""
     layers = nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(0.1), nn.Linear(5, 3), nn.LeakyReLU(0.3)).double().to(device)

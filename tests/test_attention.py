@@ -134,6 +134,21 @@ def test_when_keys_are_shared_out() -> None:
         assert picks.shares(batch, 32, group, queries, keys, half, 128, gpu) is None
 
 
+@pytest.mark.parametrize("masked", [40, 128, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_finite_numbers_that_mask(masked: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The least number of float32, as many models fill their masks with, of the first keys or of all of them."""
+    q, k, v = (t.to(device, dtype) for t in heads((1, 1, 18, 16), (1, 1, 300, 16), (1, 1, 300, 16)))
+    mask = torch.zeros(18, 300, device=device)
+    mask[:, :masked] = torch.finfo(torch.float32).min
+    y = F.scaled_dot_product_attention(q, k, v, mask.to(dtype) if dtype == torch.float32 else mask)
+    right = v.double().mean(2, keepdim=True).expand(y.shape)
+    if masked < 300:
+        scores = (q.double() @ k.double().mT / 4)[..., masked:]
+        right = scores.softmax(-1) @ v[:, :, masked:].double()
+    torch.testing.assert_close(y.double(), right, rtol=4e-3, atol=4e-3)
+
+
 def test_a_query_without_keys_gives_nothing(device: torch.device) -> None:
     q, k, v = (t.to(device).requires_grad_() for t in heads((1, 2, 18, 8), (1, 2, 20, 8), (1, 2, 20, 8)))
     mask = torch.ones(18, 20, dtype=torch.bool, device=device)

@@ -118,6 +118,7 @@ def test_bags_that_make_no_sense_are_nan(device: torch.device) -> None:
     [
         (ValueError, dict(mode="median")),
         (ValueError, dict(offsets=None)),
+        (ValueError, dict(input=torch.zeros(2, 3, dtype=torch.int64), offsets=torch.tensor(0))),
         (ValueError, dict(offsets=torch.zeros(1, 1, dtype=torch.int64))),
         (ValueError, dict(input=torch.zeros(2, 3, dtype=torch.int64))),
         (ValueError, dict(input=torch.zeros(2, 3, dtype=torch.int64), offsets=torch.zeros(2, 1, dtype=torch.int64))),

@@ -94,10 +94,8 @@ def judge(subject: Subject, name: str, figures: Counter[str], reasons: Counter[s
         reasons: those for which torch computed a sample, counted.
     """
     call, theirs, exact = subject.call, subject.theirs, subject.exact
-    if isinstance(theirs, torch.nn.Module):
-        scale = scale_for(theirs, *call.floats)
-    else:
-        scale = NAMED[name].scale * size_of(*call.floats)
+    is_layer = isinstance(theirs, torch.nn.Module)
+    scale = scale_for(theirs, *call.floats) if is_layer else NAMED[name].scale * size_of(*call.floats)
     if name in BY_VECTOR and any([bool(t.isnan().any()) for t in call.floats]):
         if call.floats[0].numel() > ONE_BY_ONE:
             reasons["NaN in a large tensor, of which torch on a CPU would have to be asked one by one"] += 1

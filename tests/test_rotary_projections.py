@@ -141,6 +141,22 @@ def test_one_result(device: torch.device) -> None:
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("result", range(3))
+def test_gradients_of_one_result(result: int, contiguous: bool, device: torch.device) -> None:
+    """Whatever else is frozen, and however its gradient lies in memory."""
+    x, weights, biases, cos, sin = draw(device=device)
+    assert biases is not None
+    for asked in ([x], [weights[result]], [biases[result]], [x, weights[result]]):
+        for t in (x, *weights, *biases):
+            t.requires_grad_(any(t is one for one in asked))
+        ys = [f(x, weights, biases, cos, sin, head_dim=8)[result] for f in (FL.rotary_projections, model)]
+        dy = torch.randn_like(ys[0])
+        dy = dy.contiguous() if contiguous else dy
+        found, right = (torch.autograd.grad(y, asked, dy) for y in ys)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -302,7 +302,7 @@ def _conv1d(node: fx.Node) -> tuple[list[fx.Node], Any, tuple[Any, ...], dict[st
     inner, outer = _is_size(features, x, -1), _is_size(total.args[0], x, slice(None, -1, None))  # type: ignore[union-attr]
     if inner is None or outer is None or len(total.args[1]) != 1:  # type: ignore[union-attr, arg-type]
         return None
-    nodes = [*inner, *outer, rows, total, node, last]
+    nodes = [*dict.fromkeys((*inner, *outer, rows, total, node, last))]  # the shape may be asked once for both
     return nodes, transposed_linear, (x, weight, bias, total.args[1][0]), {}  # type: ignore[union-attr, return-value]
 
 

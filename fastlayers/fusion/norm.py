@@ -49,7 +49,10 @@ class Written(NamedTuple):
 
 def _run_written(x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value]) -> tuple[torch.Tensor, torch.Tensor]:
     add, norm = layers
-    both = None if add.inplace else add_rms_norm_expression(x, add.tensor, norm.weight, *norm.options)
+    are_tensors = isinstance(x, torch.Tensor) and isinstance(add.tensor, torch.Tensor)  # or a size
+    both = (
+        None if add.inplace or not are_tensors else add_rms_norm_expression(x, add.tensor, norm.weight, *norm.options)
+    )
     if both is None:
         total = add(x)
         return norm(total), total

@@ -55,7 +55,9 @@ def _between(dy: torch.Tensor, y: torch.Tensor, least: float, most: float) -> to
 def _is_exact(number: float) -> bool:
     """Whether 16 bits hold this number. If a bound was rounded, an output that is equal to it doesn't say whether the input was
     beyond it."""
-    return all([torch.tensor(number, dtype=d).item() == number for d in (torch.float16, torch.bfloat16)])
+    if torch.finfo(torch.float16).max < abs(number) < math.inf:
+        return False
+    return all([_rounded(number, d) == number for d in (torch.float16, torch.bfloat16)])
 
 
 def _rounded(number: float, dtype: torch.dtype) -> float:
@@ -143,8 +145,9 @@ class Activation(NamedTuple):
 
     @property
     def joins(self) -> bool:
-        """Whether it may be part of another kernel now."""
-        return not (RULES[self.function].widens and any_autocast())
+        """Whether it may be part of another kernel now, which computes with the options as they are."""
+        rule = RULES[self.function]
+        return not (rule.widens and any_autocast()) and not (rule.rounds and not all(map(_is_exact, self.args)))
 
     def rounded(self, of: str, dtype: torch.dtype) -> Activation:
         """With the options from which torch computes the "value" or the "gradient" in this dtype."""

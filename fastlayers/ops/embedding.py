@@ -89,7 +89,8 @@ class EmbeddingBag(Operation):
         x, weight, offsets, factors = t
         if weight is None or weight.dim() != 2:
             return BadInput("no weight of two dimensions")
-        if x.dim() not in (1, 2) or (0 if offsets is None else offsets.dim()) != 2 - x.dim():
+        fits = offsets is None if x.dim() == 2 else offsets is not None and offsets.dim() == 1
+        if x.dim() not in (1, 2) or not fits:
             return BadInput(f"an input of {x.dim()} dimensions, and offsets that don't belong to it")
         for indices in (x, offsets):
             if indices is not None and indices.dtype not in (torch.int32, torch.int64):

@@ -29,6 +29,7 @@ if TYPE_CHECKING or _kernels.MISSING is None:
 __all__ = ["packed_rotary_projections", "rotary_projections"]
 
 _RESULTS = ("query", "key", "value")
+_DIMENSIONS = "other dimensions than (B, L, E), and (L, R) or (B, L, R)"
 
 
 def _linear(x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +76,7 @@ class RotaryProjections(Operation):
         value_bias: Any, cos: Any, sin: Any, head_dim: int, interleaved: bool,
     ) -> Any:  # fmt: skip
         layers = (query_weight, query_bias), (key_weight, key_bias), (value_weight, value_bias)
-        q, k, v = [_in_heads(F.linear(input, w, b), w.shape[0] // head_dim, head_dim) for w, b in layers]
+        q, k, v = [_in_heads(F.linear(input, w, b), w.shape[0] // max(head_dim, 1), head_dim) for w, b in layers]
         return (*_rotary_embedding.reference(q, k, cos, sin, interleaved), v)
 
     def results(self, options: Any) -> int:
@@ -86,6 +87,8 @@ class RotaryProjections(Operation):
 
     def unsupported(self, t: Any, options: Any) -> str | None:
         layers = _layers(t)
+        if t.input.dim() != 3:
+            return _DIMENSIONS
         if any([w is None or w.dim() != 2 for w, _ in layers]):
             return BadInput("a weight that isn't a matrix")
         for weight, bias in layers:
@@ -100,7 +103,7 @@ class RotaryProjections(Operation):
         if cos is None or sin is None:
             return BadInput("no cos or sin")
         if x.dim() != 3 or cos.dim() not in (2, 3) or cos.shape != sin.shape:
-            return "other dimensions than (B, L, E), and (L, R) or (B, L, R)"
+            return _DIMENSIONS
         shape = (x.shape[0], 0, x.shape[1], options.head_dim)
         return angles_unsupported(cos, sin, shape, autocast.dtype_after(_linear, x))
 
@@ -190,6 +193,8 @@ class PackedRotaryProjections(RotaryProjections):
         return (*_rotary_embedding.reference(q, k, cos, sin, interleaved), v)
 
     def unsupported(self, t: Any, options: Any) -> str | None:
+        if t.input.dim() != 3:
+            return _DIMENSIONS
         if t.weight is None or t.weight.dim() != 2 or min(options.heads) < 0:
             return BadInput("a weight that isn't a matrix, or a negative number of heads")
         if t.weight.shape != (sum(self.sizes(t, options)), t.input.shape[-1]) or options.head_dim < 1:
@@ -254,11 +259,15 @@ def _turn_back(dys: Sequence[Any], parts: Sequence[Any], saved: Named, options: 
         for d, part in zip(dys, parts, strict=True)
     ]
     turned, value = [pair for pair in pairs[:2] if pair is not None], pairs[2]
-    angles = for_each(saved.cos, saved.sin, next(pair for pair in pairs if pair is not None)[0].shape[0])
+    given = [pair for pair in pairs if pair is not None]
+    if not given:
+        return
+    batch, _, length, _ = given[0][0].shape
+    angles = [] if saved.cos is None else for_each(saved.cos, saved.sin, batch)
     if turned:
         kernels.rotary(turned, *angles, interleaved=options.interleaved, backward=True)
     if value is not None:  # copied by the same kernel, since a copy by torch couldn't be replayed
-        none = angles[0].narrow(-1, 0, 0)
+        none = angles[0].narrow(-1, 0, 0) if angles else Out((batch, length, 0), value[0].dtype).empty(value[0].device)
         kernels.rotary([value], none, none, interleaved=False)
 
 
@@ -290,10 +299,10 @@ def rotary_projections(
         q, k, v = (linear(input, w, b).unflatten(-1, (-1, head_dim)).transpose(1, 2) for w, b in zip(weights, biases))
         (*rotary_embedding(q, k, cos, sin, interleaved=interleaved), v)
 
-    One kernel in 16 bits and TF32, where D is a power of two up to 128 (256 with sm_90's or sm_100's tensor memory accelerator),
-    where all features are turned or pairs are interleaved, and where there are tiles enough for the GPU; four otherwise, for
-    single tokens too. The products are rounded to the input's dtype before they are turned, and what is turned once more, as by
-    those two functions. In the backward one kernel turns both gradients back; each projection has a product for its
+    One kernel in 16 bits and TF32, where D is a power of two from 4 to 128 (256 with sm_90's or sm_100's tensor memory
+    accelerator), where all features are turned or pairs are interleaved, and where there are tiles enough for the GPU; four
+    otherwise, for single tokens too. The products are rounded to the input's dtype before they are turned, and what is turned once
+    more, as by those two functions. In the backward one kernel turns both gradients back; each projection has a product for its
     weight's gradient and one that is added to the input's. Saves the input, the weights and the angles.
 
     Shape: input (B, L, E), weights (H * D, E), (G * D, E) and (G * D, E) of query, key and value, D being head_dim, with any

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import _torch_functional as F
-from .activation import CALLS, Activation, _pointwise, applied
+from ..dispatch.support import run_reference
+from .activation import CALLS, Activation, Refused, _pointwise, applied
 
 __all__ = [
     "celu",
@@ -111,7 +112,11 @@ def swish(input: torch.Tensor, factor: float) -> torch.Tensor:
     Source: Ramachandran, Zoph and Le, "Searching for Activation Functions", arXiv:1710.05941; Hendrycks and Gimpel,
         "Gaussian Error Linear Units", arXiv:1606.08415, for the factor of 1.702.
     """
-    return _pointwise((input,), CALLS["swish"](factor), False)
+    try:
+        activation = CALLS["swish"](factor)
+    except Refused as refused:
+        return run_reference("swish", refused.args[0], lambda: input * torch.sigmoid(factor * input))
+    return _pointwise((input,), activation, False)
 
 
 def mish(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:

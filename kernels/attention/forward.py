@@ -27,7 +27,7 @@ def forward_blocks(
                    BOUNDS, CAUSAL, False, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
         top = tl.maximum(highest, tl.max(s, axis=1))
         base = tl.where(top == float("-inf"), 0.0, top)  # there is nothing but -inf so far
-        p = weights(s, base[:, None], factor, k_tile.dtype.primitive_bitwidth == 16)
+        p = weights(s, base[:, None], factor, LATER and k_tile.dtype.primitive_bitwidth == 16)
         shrink = tl.exp2((highest - base) * factor)
         total = total * shrink + tl.sum(p, axis=1)
         if DROPOUT:

@@ -30,7 +30,7 @@ def _dq_blocks(
         # Keys outside must be masked although they were loaded as 0: exp(0 - lse) may be inf, and inf * 0 is NaN.
         s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                    BOUNDS, CAUSAL, False, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
-        p = weights(s, lse[:, None], factor, k_tile.dtype.primitive_bitwidth == 16)
+        p = weights(s, lse[:, None], factor, LATER and k_tile.dtype.primitive_bitwidth == 16)
         if dw_ptr is not None:
             dp += part * of_weights(dw_ptr, first_m, first_n, L, S, dw_m, dw_n, False, TILE_M, TILE_N).to(dp.dtype)
         if DROPOUT:
@@ -117,7 +117,7 @@ def _dkdv_blocks(
         dp = tl.dot(v_tile, dy_tile.T, input_precision=PRECISION, out_dtype=dk.dtype)
         s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                    CAUSAL, CAUSAL, True, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
-        p = weights(s, lse[None, :], factor, k_tile.dtype.primitive_bitwidth == 16)
+        p = weights(s, lse[None, :], factor, LATER and k_tile.dtype.primitive_bitwidth == 16)
         dropped = p
         if dw_ptr is not None:
             dp += part * of_weights(dw_ptr, first_m, first_n, L, S, dw_m, dw_n, True, TILE_M, TILE_N).to(dp.dtype)

@@ -16,7 +16,7 @@ from .shares import attention_merge_kernel, attention_shares_kernel
 from .weights import attention_weights_delta_kernel, attention_weights_kernel
 
 _LEAST_SCALE = 2.0**-64
-"""A log-sum-exp that is divided by less may be infinite."""
+"""Scales above this one multiply differences of scores (LATER); a log-sum-exp that is divided by much less would be infinite."""
 _FARTHEST = 2**23
 """Steps within a tile, of at most 256 rows or columns, are multiplied by strides in 32 bits."""
 
@@ -146,7 +146,7 @@ def attention(
     empty_is_nan: bool = False,
 ) -> None:
     """dropout(softmax(scale * q k^T + mask)) v into `out`, and what the backward needs of each query's scores into `lse`: their
-    log-sum-exp, without a mask divided by the scale.
+    log-sum-exp, with LATER divided by the scale.
 
     Query m may attend to key n if the mask's boolean is True there or its number isn't -inf, and if n <= m with `causal`. A
     query that may attend to nothing gets 0 or, with `empty_is_nan`, NaN, and so do its weights and gradients.

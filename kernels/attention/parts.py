@@ -56,7 +56,8 @@ def scores(
 ):  # fmt: skip
     """Of products of queries and keys, the scores: scale * s + mask, and -inf where a query may not attend.
 
-    LATER: without a mask, products are left as they are, and `weights` scales their differences. OF_KEYS: the mask is the same
+    LATER: products are left as they are, and `weights` scales their differences; for scales above _LEAST_SCALE of launchers.py,
+    without a mask. OF_KEYS: the mask is the same
     for all queries, and so a vector, or mask_ptr is a column that points to each query's own row. TRANSPOSED: keys are the rows
     of s.
     """
@@ -105,7 +106,9 @@ def weights(s, base, unit, NARROW: tl.constexpr):
     """exp2(unit * (s - base)) of scores.
 
     A difference of float32 numbers is rounded little, a product of large ones more: it costs the weight as many digits as the
-    score has before its point. NARROW: the operands had 16 bits, and so many fewer digits than that; one instruction less.
+    score has before its point. Without a mask, products of operands of 16 bits have many fewer digits than that. NARROW: for
+    them, with one instruction less. (A mask's numbers may be of any size, -3e38 among them: then the rounding of base * unit
+    alone would be infinite.)
     """
     if NARROW:
         p = tl.exp2(s * unit - base * unit)

@@ -18,7 +18,7 @@ def _weights(
     s = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=lse.dtype)
     s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                False, False, False, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
-    p = weights(s, lse[:, None], unit(scale, LATER), k.dtype.primitive_bitwidth == 16)
+    p = weights(s, lse[:, None], unit(scale, LATER), LATER and k.dtype.primitive_bitwidth == 16)
     if DROPOUT:
         p = tl.where(is_kept(seed, bh, first_m, first_n, L, S, keep, TILE_M, TILE_N), p * unkeep, 0.0)
     return p

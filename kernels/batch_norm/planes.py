@@ -131,7 +131,7 @@ def per_channel(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def is_wide(planes: Planes, *tensors: torch.Tensor | None) -> bool:
-    return planes.n * planes.c * planes.p >= 2**31 or launch.wide(*tensors)
+    return launch.wide(*tensors, elements=planes.n * planes.c * planes.p)
 
 
 # In all kernels VEC divides the contiguous size and the strides, and `C // VEC * VEC` tells Triton so, which otherwise knows only

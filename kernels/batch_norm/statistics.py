@@ -43,7 +43,7 @@ def _statistics_kernel(
     LAST: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     TILE_C: tl.constexpr, TILE_P: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_C channels of a slice, read once. Writes three numbers for each of them."""
+    """One program: TILE_C channels of a slice, of which the first tile is read twice. Writes three numbers for each of them."""
     C, P = multiples(C, P, LAST, VEC)
     x_n, x_row = x_n // VEC * VEC, x_row // VEC * VEC
     tiles_c, columns = tl.cdiv(C, TILE_C), tl.cdiv(P, PIXELS)

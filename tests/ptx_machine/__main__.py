@@ -29,12 +29,15 @@ def run(target: str, program: list[str], module: bool) -> int:
     with bridge.machine(target, adversary=True) as reports:
         try:
             if module:
+                sys.path.insert(0, str(Path.cwd()))
                 runpy.run_module(program[0], run_name="__main__", alter_sys=True)
             else:
                 sys.path.insert(0, str(Path(program[0]).resolve().parent))
                 runpy.run_path(program[0], run_name="__main__")
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
     kernels = collections.Counter(report.kernel for report in reports)
     seconds = sum(report.seconds for report in reports)
     print(f"\nIn the machine, for {target}: {len(reports)} launches, {seconds:.0f} s", file=sys.stderr)

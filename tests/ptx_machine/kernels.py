@@ -28,7 +28,6 @@ from fastlayers.catalog import ROWS, Case, Row
 from fastlayers.catalog.gated_mlp import Mlp
 from fastlayers.catalog.rotary import Projections
 from fastlayers.catalog.row import Classes, Floats, case
-from fastlayers.kernels import dropout, norm
 from fastlayers.kernels.conv import tiles as conv_tiles
 from fastlayers.kernels.matmul import matmul
 from fastlayers.kernels.matmul import tiles as matmul_tiles
@@ -37,7 +36,7 @@ from fastlayers.kernels.runtime import tiles
 from fastlayers.kernels.runtime.tiles import Tile
 from fastlayers.testing import assert_within_budget, neighbours
 
-from . import bridge, coverage, training
+from . import bridge, coverage, of_rows, training
 from .coverage import TARGETS
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16, "f64": torch.float64}
@@ -314,55 +313,27 @@ def _convolutions() -> Iterator[Run]:
                 yield Run(f"depthwise 7x7 of {channels} channels, {short}, {target}", call, quick)
 
 
-def _softmax(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    every = []
-    for function, given in ((FL.softmax, dtype), (torch.softmax, dtype), (torch.softmax, torch.float64)):
-        leaf = x.to(given).requires_grad_()
-        y = function(leaf, dim)
-        every.append([y, *torch.autograd.grad(y, leaf, dy.to(given))])
-    for ours, torchs, exact in zip(*every, strict=True):
-        assert_within_budget(ours, torchs, exact)
-
-
-def _dropped_norm(center: bool, dtype: torch.dtype) -> None:
-    """A residual, what dropout leaves of x, and their norm in one kernel each way, beside a launch for each."""
-    torch.manual_seed(0)
-    x, residual, dy, dtotal = torch.randn(4, 9, 40).to(dtype)
-    w, b = torch.randn(2, 40).to(dtype)
-    drop = dropout.Drop(torch.tensor([2**40 + 5, 8]), 0.3, 1 / 0.7, 16 // dtype.itemsize)
-    out, total, expected, sum_, dx, dropped, dx_expected, dropped_expected = torch.empty(8, 9, 40, dtype=dtype)
-    mean, rstd = torch.empty(2, 9, dtype=torch.promote_types(dtype, torch.float32))
-    dw, db = torch.empty(2, 40, dtype=dtype)
-    bias, mean, db = (b, mean, db) if center else (None, None, None)
-    norm.layer_norm(x, residual, w, bias, out, total, mean, rstd, 40, 1e-5, center, drop)
-    drop.launch(x, sum_, residual)
-    norm.layer_norm(sum_, None, w, bias, expected, None, mean, rstd, 40, 1e-5, center)
-    assert torch.equal(total, sum_)
-    torch.testing.assert_close(out, expected)
-    norm.layer_norm_grad(dy, dtotal, total, w, mean, rstd, dx, dw, db, 40, center, (drop, dropped))
-    norm.layer_norm_grad(dy, dtotal, total, w, mean, rstd, dx_expected, dw, db, 40, center)
-    drop.launch(dx, dropped_expected)
-    torch.testing.assert_close(dx, dx_expected)
-    assert torch.equal(dropped, dropped_expected)
-
-
 def _others() -> Iterator[Run]:
     """Long and aligned rows, and calls that are replayed."""
     for shape, dim in (((3, 1000), 1), ((2, 300, 70), 1), ((2, 40, 5), 1), ((64, 64), 1)):
         for short in DTYPES:
             for target in TARGETS:
-                call = functools.partial(_softmax, shape, dim, DTYPES[short])
+                call = functools.partial(of_rows.softmax, shape, dim, DTYPES[short])
                 yield Run(f"softmax of {'x'.join(map(str, shape))}, {short}, {target}", call, False)
     for short, target in itertools.product(("bf16", "f32", "f64"), TARGETS):
         label = f"InstanceNorm2d with running averages, {short}, {target}"
-        yield Run(label, functools.partial(_running_averages, DTYPES[short]), False)
+        yield Run(label, functools.partial(of_rows.running_averages, DTYPES[short]), False)
     for (name, center), (short, dtype), target in itertools.product(
         dict(layer=True, rms=False).items(), DTYPES.items(), TARGETS
     ):
-        call, quick = functools.partial(_dropped_norm, center, dtype), center and short == "bf16" and target == "sm_90"
+        call, quick = (
+            functools.partial(of_rows.dropped_norm, center, dtype),
+            center and short == "bf16" and target == "sm_90",
+        )
         yield Run(f"{name} norm of what is dropped from, {short}, {target}", call, quick)
+    for keys, (short, dtype), target in itertools.product((64, 160), DTYPES.items(), TARGETS):
+        label = f"attention with {keys} of 160 keys masked by a finite number, {short}, {target}"
+        yield Run(label, functools.partial(of_rows.masked, keys, dtype), False)
     for target in TARGETS:
         yield Run(f"linear replayed, bf16, {target}", _replayed, target == "sm_90")
 
@@ -434,17 +405,6 @@ def _products_together(row: Row) -> Iterator[Run]:
 
 
 _QUICK_IN_PARTS = (("LayerNorm", "rows"), ("BatchNorm2d", "images"))
-
-
-def _running_averages(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 5, 4).to(dtype)
-    ours = fastlayers.nn.InstanceNorm2d(3, track_running_stats=True).to(dtype)
-    theirs, exact = (torch.nn.InstanceNorm2d(3, track_running_stats=True).to(t) for t in (dtype, torch.float64))
-    results = ours(x), theirs(x), exact(x.double())
-    assert_within_budget(*results)
-    for name in ("running_mean", "running_var"):
-        assert_within_budget(*(getattr(layer, name) for layer in (ours, theirs, exact)), name)
 
 
 def _replayed() -> None:

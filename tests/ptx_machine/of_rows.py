@@ -1,0 +1,76 @@
+"""Calls that kernels.py runs of what goes by rows: softmax, norms, masked attention."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastlayers
+import fastlayers.functional as FL
+from fastlayers.kernels import dropout, norm
+from fastlayers.testing import assert_within_budget
+
+
+def softmax(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    every = []
+    for function, given in ((FL.softmax, dtype), (torch.softmax, dtype), (torch.softmax, torch.float64)):
+        leaf = x.to(given).requires_grad_()
+        y = function(leaf, dim)
+        every.append([y, *torch.autograd.grad(y, leaf, dy.to(given))])
+    for ours, torchs, exact in zip(*every, strict=True):
+        assert_within_budget(ours, torchs, exact)
+
+
+def dropped_norm(center: bool, dtype: torch.dtype) -> None:
+    """A residual, what dropout leaves of x, and their norm in one kernel each way, beside a launch for each."""
+    torch.manual_seed(0)
+    x, residual, dy, dtotal = torch.randn(4, 9, 40).to(dtype)
+    w, b = torch.randn(2, 40).to(dtype)
+    drop = dropout.Drop(torch.tensor([2**40 + 5, 8]), 0.3, 1 / 0.7, 16 // dtype.itemsize)
+    out, total, expected, sum_, dx, dropped, dx_expected, dropped_expected = torch.empty(8, 9, 40, dtype=dtype)
+    mean, rstd = torch.empty(2, 9, dtype=torch.promote_types(dtype, torch.float32))
+    dw, db = torch.empty(2, 40, dtype=dtype)
+    bias, mean, db = (b, mean, db) if center else (None, None, None)
+    norm.layer_norm(x, residual, w, bias, out, total, mean, rstd, 40, 1e-5, center, drop)
+    drop.launch(x, sum_, residual)
+    norm.layer_norm(sum_, None, w, bias, expected, None, mean, rstd, 40, 1e-5, center)
+    assert torch.equal(total, sum_)
+    torch.testing.assert_close(out, expected)
+    norm.layer_norm_grad(dy, dtotal, total, w, mean, rstd, dx, dw, db, 40, center, (drop, dropped))
+    norm.layer_norm_grad(dy, dtotal, total, w, mean, rstd, dx_expected, dw, db, 40, center)
+    drop.launch(dx, dropped_expected)
+    torch.testing.assert_close(dx, dx_expected)
+    assert torch.equal(dropped, dropped_expected)
+
+
+def running_averages(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 4).to(dtype)
+    ours = fastlayers.nn.InstanceNorm2d(3, track_running_stats=True).to(dtype)
+    theirs, exact = (torch.nn.InstanceNorm2d(3, track_running_stats=True).to(t) for t in (dtype, torch.float64))
+    results = ours(x), theirs(x), exact(x.double())
+    assert_within_budget(*results)
+    for name in ("running_mean", "running_var"):
+        assert_within_budget(*(getattr(layer, name) for layer in (ours, theirs, exact)), name)
+
+
+def masked(keys: int, dtype: torch.dtype) -> None:
+    """Attention whose mask is a finite number for the first `keys` of 160: the least one, as many models fill theirs with."""
+    torch.manual_seed(0)
+    q, k, v, dy = torch.randn(1, 2, 20, 16), *torch.randn(2, 1, 2, 160, 16), torch.randn(1, 2, 20, 16)
+    mask = torch.zeros(20, 160)
+    mask[:, :keys] = torch.finfo(dtype).min
+    every = []
+    for function, given in (
+        (FL.scaled_dot_product_attention, dtype),
+        (torch.nn.functional.scaled_dot_product_attention, dtype),
+        (torch.nn.functional.scaled_dot_product_attention, torch.float64),
+    ):
+        leaves = [t.to(dtype).to(given).requires_grad_() for t in (q, k, v)]
+        with sdpa_kernel(SDPBackend.MATH) if function is not FL.scaled_dot_product_attention else torch.enable_grad():
+            y = function(*leaves, mask.to(given))
+        every.append([y, *torch.autograd.grad(y, leaves, dy.to(dtype).to(given))])
+    for ours, torchs, exact in zip(*every, strict=True):
+        assert_within_budget(ours, torchs, exact, scale=16)
