@@ -301,9 +301,9 @@ def rotary_projections(
 
     One kernel in 16 bits and TF32, where D is a power of two from 4 to 128 (256 with sm_90's or sm_100's tensor memory
     accelerator), where all features are turned or pairs are interleaved, and where there are tiles enough for the GPU; four
-    otherwise, for single tokens too. The products are rounded to the input's dtype before they are turned, and what is turned once
-    more, as by those two functions. In the backward one kernel turns both gradients back; each projection has a product for its
-    weight's gradient and one that is added to the input's. Saves the input, the weights and the angles.
+    otherwise, for single tokens too. The products are rounded to the input's dtype before they are turned, and what is turned
+    once more, as by those two functions. In the backward one kernel turns both gradients back; each projection has a product for
+    its weight's gradient and one that is added to the input's. Saves the input, the weights and the angles.
 
     Shape: input (B, L, E), weights (H * D, E), (G * D, E) and (G * D, E) of query, key and value, D being head_dim, with any
         strides, biases of as many features; cos and sin (L, R), (1, L, R) or (B, L, R), R even and at most D; the results
