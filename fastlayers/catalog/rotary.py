@@ -69,7 +69,7 @@ class Projections(Rotary):
         if len(weights) == 1:
             options: Any = (self.heads, self.head_dim, self.interleaved)
             return _packed_rotary_projections.reference(x, weights[0], biases[0], *angles, *options)
-        layers = [t for layer in zip(weights, biases, strict=True) for t in layer]
+        layers: Any = [t for layer in zip(weights, biases, strict=True) for t in layer]
         return _rotary_projections.reference(x, *layers, *angles, self.head_dim, self.interleaved)
 
 
