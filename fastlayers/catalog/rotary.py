@@ -69,8 +69,9 @@ class Projections(Rotary):
         if len(weights) == 1:
             options: Any = (self.heads, self.head_dim, self.interleaved)
             return _packed_rotary_projections.reference(x, weights[0], biases[0], *angles, *options)
-        layers: Any = [t for layer in zip(weights, biases, strict=True) for t in layer]
-        return _rotary_projections.reference(x, *layers, *angles, self.head_dim, self.interleaved)
+        layers = [t for layer in zip(weights, biases, strict=True) for t in layer]
+        arguments: Any = (x, *layers, *angles, self.head_dim, self.interleaved)
+        return _rotary_projections.reference(*arguments)
 
 
 def _projections(
