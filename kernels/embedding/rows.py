@@ -189,8 +189,7 @@ def embedding_grad(
     (rows, n), count = dw.shape, indices.numel()
     accumulate = torch.promote_types(dw.dtype, torch.float32)
     if rows < 2**31:
-        # Half of the bytes to sort. An index that is out of range stays so, whatever its upper half is.
-        indices = indices.clamp(-1, rows).to(torch.int32)
+        indices = indices.to(torch.int32)  # half of the bytes to sort
     ordered, order = torch.sort(indices, stable=True)
     order, factors = (order, None) if members is None else members(order)
     starts = launch.empty((rows + 1,), dtype=torch.int32, device=dw.device)
