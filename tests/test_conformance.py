@@ -255,7 +255,9 @@ def test_module_memory_format(info: Any, device: torch.device) -> None:
                 continue
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # the numbers are judged elsewhere
-            assert [t.stride() for t in results[0][:2]] == [t.stride() for t in results[1][:2]]
+            # The README's known differences: the gradient of logits lies as they do.
+            compared = 1 if info.module_cls is torch.nn.CrossEntropyLoss else 2
+            assert [t.stride() for t in results[0][:compared]] == [t.stride() for t in results[1][:compared]]
 
 
 @pytest.mark.parametrize(
