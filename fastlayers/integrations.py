@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -155,7 +154,7 @@ def _flash_forward(
         query, key, value, None, state[:1] if dropout_p > 0 else None, output, lse,
         causal=is_causal, dropout=dropout_p, scale=scale, precision="ieee",
     )  # fmt: skip
-    lse *= math.log(2)
+    lse *= kernels.lse_factor(query.shape[-1], scale)
     offset = query.new_zeros((), dtype=torch.int64)
     state, offset = state.view(torch.uint64), offset.view(torch.uint64)
     return output, lse, None, None, query.shape[2], key.shape[2], state, offset, query.new_empty(0)
@@ -170,7 +169,7 @@ def _flash_backward(
     grads = [torch.empty_like(t) for t in (query, key, value)]
     seed = philox_seed.view(torch.int64)[:1] if dropout_p > 0 else None
     kernels.attention_grad(
-        grad_out, query, key, value, None, seed, out, logsumexp / math.log(2), *grads,
+        grad_out, query, key, value, None, seed, out, logsumexp / kernels.lse_factor(query.shape[-1], scale), *grads,
         causal=is_causal, dropout=dropout_p, scale=scale, precision="ieee",
     )  # fmt: skip
     return (*grads,)

@@ -63,6 +63,12 @@ def _has_vectors(*tensors: torch.Tensor) -> bool:
     )
 
 
+def lse_factor(features: int, scale: float | None) -> float:
+    """What the `lse` of a call without a mask is multiplied by to be natural logarithms of sums of exponentials."""
+    scale = features**-0.5 if scale is None else scale
+    return scale if scale > _LEAST_SCALE else 1.0
+
+
 class _Call(NamedTuple):
     """What all kernels of a call are given alike."""
 
