@@ -432,10 +432,15 @@ def test_what_hooks_make_of_saved_tensors(
             y = function(*tensors)
         results.append([g.as_subclass(torch.Tensor) for g in torch.autograd.grad(y, tensors, dy)])
         saved.append([t for t in kept if t.is_floating_point()])
-    alike = all(any(a.shape == b.shape and torch.allclose(a, b) for b in saved[1]) for a in saved[0])
-    if unpack is not doubled or alike:  # other numbers have the same effect only where the same is saved
+
+    def within(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+        return all(any(a.shape == b.shape and torch.allclose(a, b) for b in others) for a in some)
+
+    alike = within(saved[0], saved[1]) and within(saved[1], saved[0])
+    if unpack is not doubled or (alike and name != "BCELoss"):
+        # Other numbers have the same effect only where the same is saved, and no probability is beyond 1 then.
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    else:
+    elif saved[0] and name != "L1Loss":  # whose gradient is a sign
         expected = torch.autograd.grad(reference(*tensors), tensors, dy)
         assert not all(torch.allclose(a, b) for a, b in zip(results[0], expected, strict=True))
 
