@@ -38,6 +38,7 @@ ROWS = (
         _SEQUENCES,
         "proj_size",
         operation=_lstm,
+        scale=1,  # the derivatives of gates are differences, 1 - y, of which little is left where y is nearly 1
         function="lstm",
         speeds=_speeds("LSTM"),
         cases=dict(
@@ -52,6 +53,7 @@ ROWS = (
         "as LSTM",
         "nothing more than of every layer",
         operation=_gru,
+        scale=1,
         function="gru",
         speeds=_speeds("GRU"),
         cases=dict(
@@ -65,6 +67,7 @@ ROWS = (
         "as LSTM; tanh or relu",
         "nothing more than of every layer",
         operation=_rnn_tanh,
+        scale=1,
         function="rnn_tanh",
         functions=("rnn_relu",),
         speeds={name: speed for name, speed in _speeds("RNN").items() if "1024" not in name},
