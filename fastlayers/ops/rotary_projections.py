@@ -102,7 +102,7 @@ class RotaryProjections(Operation):
         x, cos, sin = t.input, t.cos, t.sin
         if cos is None or sin is None:
             return BadInput("no cos or sin")
-        if x.dim() != 3 or cos.dim() not in (2, 3) or cos.shape != sin.shape:
+        if cos.dim() not in (2, 3) or cos.shape != sin.shape:
             return _DIMENSIONS
         shape = (x.shape[0], 0, x.shape[1], options.head_dim)
         return angles_unsupported(cos, sin, shape, autocast.dtype_after(_linear, x))

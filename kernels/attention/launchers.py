@@ -65,8 +65,12 @@ def _has_vectors(*tensors: torch.Tensor) -> bool:
 
 def lse_factor(features: int, scale: float | None) -> float:
     """What the `lse` of a call without a mask is multiplied by to be natural logarithms of sums of exponentials."""
-    scale = features**-0.5 if scale is None else scale
+    scale = _scale(features, scale)
     return scale if scale > _LEAST_SCALE else 1.0
+
+
+def _scale(features: int, scale: float | None) -> float:
+    return features**-0.5 if scale is None else scale
 
 
 class _Call(NamedTuple):
@@ -89,7 +93,7 @@ def _prepare(
     causal: bool, dropout: float, scale: float | None, precision: str,
 ) -> _Call:  # fmt: skip
     (b, h, l, d), (_, h_k, s, dv) = q.shape, v.shape
-    scale = d**-0.5 if scale is None else scale
+    scale = _scale(d, scale)
     keep = round((1 - dropout) * 2**16)
     masks = (0,) * 4
     if mask is not None:

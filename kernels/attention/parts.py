@@ -57,9 +57,8 @@ def scores(
     """Of products of queries and keys, the scores: scale * s + mask, and -inf where a query may not attend.
 
     LATER: products are left as they are, and `weights` scales their differences; for scales above _LEAST_SCALE of launchers.py,
-    without a mask. OF_KEYS: the mask is the same
-    for all queries, and so a vector, or mask_ptr is a column that points to each query's own row. TRANSPOSED: keys are the rows
-    of s.
+    without a mask. OF_KEYS: the mask is the same for all queries, and so a vector, or mask_ptr is a column that points to each
+    query's own row. TRANSPOSED: keys are the rows of s.
     """
     i, j = tl.arange(0, TILE_M), tl.arange(0, TILE_N)
     if TRANSPOSED:
