@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# The other supported pair: make test TORCH=2.11.0 TRITON=3.6.0 VENV=.venv-2.11, and with all three in the environment .ci/run as a whole.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+TRITON ?= $(shell sed -n 's/^triton==//p' constraints.txt)
+CONSTRAINTS = $(VENV)/constraints.txt
 
 .PHONY: demo demo-emulated test slow machine coverage exam compile lint docs clean
 demo: $(VENV)/installed
@@ -31,7 +35,7 @@ coverage: $(VENV)/installed
 # Models of transformers and timm, tiny, trained on the kernels. timm without torchvision, which it imports for images and PyPI
 # builds against CUDA's torch.
 exam: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,test,exam]"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[demo,test,exam]"
 	$(BIN)/pip install --quiet --no-deps "$$(grep '^timm==' constraints.txt)"
 	$(BIN)/python -m pytest -n auto tests/exam
 
@@ -52,12 +56,13 @@ docs: $(VENV)/docs-installed
 # torch first and by exact version: asked for by anything else, pip may take another build of it.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)" "$$(grep '^triton==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^triton==.*/triton==$(TRITON)/' constraints.txt > $(CONSTRAINTS)
+	$(BIN)/pip install --quiet torch==$(TORCH) triton==$(TRITON)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[demo,test]"
 	touch $@
 
 $(VENV)/docs-installed: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
 	touch $@
 
 clean:
