@@ -1,10 +1,9 @@
 # The commands of the README. Each makes its own environment in .venv the first time.
 PYTHON ?= python3
-VENV ?= .venv
+# OLDEST=1, for make or in the environment of .ci/run: with the oldest versions of torch and triton that are supported.
+OLDEST ?=
+VENV ?= .venv$(if $(OLDEST),-oldest)
 BIN = $(VENV)/bin
-# The other supported pair: make test TORCH=2.11.0 TRITON=3.6.0 VENV=.venv-2.11, and with all three in the environment .ci/run as a whole.
-TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
-TRITON ?= $(shell sed -n 's/^triton==//p' constraints.txt)
 CONSTRAINTS = $(VENV)/constraints.txt
 
 .PHONY: demo demo-emulated test slow machine coverage exam compile lint docs clean
@@ -36,7 +35,7 @@ coverage: $(VENV)/installed
 # builds against CUDA's torch.
 exam: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[demo,test,exam]"
-	$(BIN)/pip install --quiet --no-deps "$$(grep '^timm==' constraints.txt)"
+	$(BIN)/pip install --quiet --no-deps "$$(grep '^timm==' $(CONSTRAINTS))"
 	$(BIN)/python -m pytest -n auto tests/exam
 
 # The kernels compiled for six GPU generations, and their machine code compared with what is committed; needs no GPU.
@@ -54,10 +53,10 @@ docs: $(VENV)/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # torch first and by exact version: asked for by anything else, pip may take another build of it.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)
-	sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^triton==.*/triton==$(TRITON)/' constraints.txt > $(CONSTRAINTS)
-	$(BIN)/pip install --quiet torch==$(TORCH) triton==$(TRITON)
+	awk -F == '!pinned[$$1]++' $(if $(OLDEST),constraints-oldest.txt) constraints.txt > $(CONSTRAINTS)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' $(CONSTRAINTS))" "$$(grep '^triton==' $(CONSTRAINTS))"
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[demo,test]"
 	touch $@
 
