@@ -334,6 +334,9 @@ def _others() -> Iterator[Run]:
     for keys, (short, dtype), target in itertools.product((64, 160), DTYPES.items(), TARGETS):
         label = f"attention with {keys} of 160 keys masked by a finite number, {short}, {target}"
         yield Run(label, functools.partial(of_rows.masked, keys, dtype), False)
+    for short, target in itertools.product(("bf16", "f32", "f64"), TARGETS):
+        label = f"second derivatives of attention with dropout, {short}, {target}"
+        yield Run(label, functools.partial(of_rows.dropped_twice, DTYPES[short]), False)
     for target in TARGETS:
         yield Run(f"linear replayed, bf16, {target}", _replayed, target == "sm_90")
 

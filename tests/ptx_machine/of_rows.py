@@ -76,3 +76,17 @@ def masked(keys: int, dtype: torch.dtype) -> None:
         every.append([y, *gradients] if keys < 160 else [y])
     for ours, torchs, exact in zip(*every, strict=True):
         assert_within_budget(ours, torchs, exact, scale=16)
+
+
+def dropped_twice(dtype: torch.dtype) -> None:
+    """What second derivatives of attention take for dropout's choice is what its forward dropped."""
+    torch.manual_seed(0)
+    q, k = torch.zeros(2, 1, 3, 40, 16, dtype=dtype)
+    v, dy = torch.eye(64, dtype=dtype).expand(1, 3, 64, 64).clone(), torch.randn(1, 3, 40, 64).to(dtype)
+    k = k[:, :, :1].expand(1, 3, 64, 16)
+    y = FL.scaled_dot_product_attention(q, k, v.requires_grad_(), dropout_p=0.4)
+    assert 0.5 < (y != 0).double().mean() < 0.7
+    (dv,) = torch.autograd.grad(y, v, dy, create_graph=True)
+    # The weights of a query are all the same, and values are unit vectors: the result is the weights after dropout.
+    exact = y.double().mT @ dy.double()
+    assert_within_budget(dv, (y.float().mT @ dy.float()).to(dtype), exact)
