@@ -14,11 +14,12 @@ demo: $(VENV)/installed
 demo-emulated: $(VENV)/installed
 	$(BIN)/python tests/ptx_machine -m fastlayers demo --epochs 1
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto -m "not slow and not long and not exam"
-
-# What `make test` leaves out, because it takes long and rarely tells anything new; SHARE=0/8 is the first of eight shares.
+# SHARE=0/8 is the first of eight shares.
 SHARE ?= 0/1
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto -m "not slow and not long and not exam" --share $(SHARE)
+
+# What `make test` leaves out, because it takes long and rarely tells anything new.
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto -m "slow and not long and not exam" --share $(SHARE)
 
