@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "audit": "compile every kernel for every target and read the machine code; no GPU needed",
+    "ceilings": "what is installed here, and what this machine's GPU reaches in a copy and in torch's products",
     "counters": "run each kernel in an emulator and count sectors, bank conflicts, instructions; no GPU needed",
     "host": "the CPU's time for one call; no GPU needed",
     "models": "whole models, timed on this machine's GPU; with --plan what they would launch and save, no GPU needed",

@@ -10,6 +10,7 @@ versions of torch, triton and the package aren't compared.
 
 Without it, the passes are timed on this machine's GPU: GPU time and wall time, the share of it that the GPU is idle, peak
 memory and saved bytes. Every row is written as soon as it is measured (DIR/models.jsonl), and a table at the end (DIR/models.md).
+In a DIR that has rows already it goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import json
 import re
 import sys
 import time
@@ -107,12 +107,11 @@ def measure(name: str, direction: str, way: str, device: torch.device, seconds: 
     }  # fmt: skip
 
 
-def judge(rows: list[Row]) -> None:
-    """Of one model and pass: who computes something else than eager torch has no time."""
-    right = next((row["size"] for row in rows if row["way"] == "eager" and "size" in row), None)
-    for row in rows:
-        if right is not None and "size" in row and not abs(row["size"] - right) <= STRAYS * right:
-            row["void"] = f"root mean square {row['size']:.4g}, eager torch's {right:.4g}"
+def judge(row: Row, others: list[Row]) -> None:
+    """`others`: of the same model and pass. A row that computes something else than eager torch has no time."""
+    right = next((other["size"] for other in others if other["way"] == "eager" and "size" in other), None)
+    if right is not None and "size" in row and not abs(row["size"] - right) <= STRAYS * right:
+        row["void"] = f"root mean square {row['size']:.4g}, eager torch's {right:.4g}"
 
 
 def entries(match: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -152,33 +151,37 @@ def table(rows: list[Row]) -> str:
 
 
 def time_all(options: argparse.Namespace, argv: list[str]) -> int:
+    """Exit status 0 if something was measured; `clock.LOST` if the GPU is lost to this process."""
     device = torch.device("cuda", torch.cuda.current_device())
     env = run.environment(argv)
     out: Path = options.out or run.folder(env)
     out.mkdir(parents=True, exist_ok=True)
-    budget, rows = run.Budget(options.minutes), []
-    with (out / "models.jsonl").open("w") as results:
-        results.write(json.dumps({"environment": env}) + "\n")
-        with contextlib.suppress(KeyboardInterrupt):
-            for name, direction, ways in entries(options.match):
-                found: list[Row] = []
-                for way in ways:
-                    tier = WAYS[way].tier
-                    if not budget.fits(tier):
-                        continue
-                    with budget.spend(tier):
-                        found.append(measure(name, direction, way, device, options.seconds, options.seed))
+    budget, rows = run.Budget(options.minutes), run.Rows(out / "models.jsonl", env)
+    lost = None
+    with contextlib.suppress(KeyboardInterrupt):
+        for name, direction, ways in run.share(list(entries(options.match)), options.share):
+            found = [row for row in rows.rows if (row["model"], row["pass"]) == (name, direction)]
+            for way in ways:
+                tier = WAYS[way].tier
+                if lost or not budget.fits(tier) or any(row["way"] == way for row in found):
+                    continue
+                with budget.spend(tier):
+                    row = measure(name, direction, way, device, options.seconds, options.seed)
+                    lost = clock.lost()
+                    if not lost:
                         gc.collect()
                         torch.cuda.empty_cache()
-                        forget()
-                    judge(found)
-                    results.write(json.dumps(found[-1]) + "\n")
-                    results.flush()
-                rows += found
-    text = table(rows)
+                    forget()
+                judge(row, found)
+                found.append(row)
+                rows.add(row)
+    text = table(rows.rows)
     (out / "models.md").write_text(f"{env['gpu']}, {env['time'][:10]}, commit {env['commit']}\n\n{text}\n")
     print(f"{text}\nwritten: {out}")
-    return 0 if any("wall_us" in row for row in rows) else 1
+    if lost:
+        print(f"the GPU is lost: {lost}", file=sys.stderr)
+        return clock.LOST
+    return 0 if any("wall_us" in row for row in rows.rows) else 1
 
 
 def plan(match: str, update: bool) -> int:
@@ -232,6 +235,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples for each row")
     parser.add_argument("--out", type=Path, help="the results' folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", default="0/1", help="I/N: the I-th of N shares of the models' passes")
     options = parser.parse_args(argv)
     if options.plan:
         return plan(options.match, options.update)

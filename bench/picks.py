@@ -1,25 +1,28 @@
 """Every way to compute one thing on this machine's GPU, timed beside the way that is picked.
 
-    python -m bench picks [--match forward] [--minutes 8] [--out FILE]
+    python -m bench picks [--match forward] [--minutes 8] [--out FILE] [--once] [--share 0/8]
 
 Nothing in the picks between kernels is measured yet: this is what they would be fitted to. Of each product and convolution
-it prints how much longer the pick takes than the best way (1.00: it is the best one), and which that would have been;
-at the end the geometric mean, and what follows for the estimates in kernels/matmul/tiles.py and kernels/conv/tiles.py:
+it prints how much longer the pick takes than the best way (1.00: it is the best one), which that would have been, and how
+long torch takes, by cuBLAS or cuDNN as they come; at the end the geometric means, and what follows for the estimates in
+kernels/matmul/tiles.py and kernels/conv/tiles.py:
 
 - the share of the fastest tile's speed that each tile behind descriptors reaches on large products: the values of
   `_DESCRIPTORS`;
 - the FLOPs up to which pointers win: the limit in `_through_descriptors`, and `BOX_FLOPS`.
 
-One set of inputs is used again and again: what fits into the L2 is read from there. A way that fails, or disagrees with the
-pick, is named with its error. With FASTLAYERS_SPECIALIZED=1 matmul/experimental/specialized.py is among the ways: if it
-hangs, on a device that it has not been tried on, so does all of this.
+With a FILE that is there already, a run that was stopped goes on: its jobs aren't done again. One set of inputs is used
+again and again: what fits into the L2 is read from there. A way that fails, or disagrees with the pick, is named with its
+error. `--once` only calls every way, which compiles it: several processes can do that at a time, a share of the jobs each.
+With FASTLAYERS_SPECIALIZED=1 matmul/experimental/specialized.py is among the ways: if it hangs, on a device that it has
+not been tried on, so does all of this.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import itertools
 import math
 import os
 import sys
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastlayers.kernels.conv import gather as conv
 from fastlayers.kernels.conv import tiles as conv_tiles
@@ -40,10 +44,11 @@ from fastlayers.kernels.runtime import tiles as _tiles
 
 from . import clock
 from .providers import draw
-from .run import why_not
-from .tune import milliseconds, value_of
+from .run import Rows, environment, share, why_not
+from .tune import milliseconds, same, value_of
+from .workloads import precision
 
-PICKED = "picked"
+PICKED, TORCH = "picked", "torch"
 
 
 @dataclass(frozen=True)
@@ -67,23 +72,31 @@ class Way:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to compute, and the ways there are. `make` draws its inputs on a device and returns the call."""
+    """One thing to compute, and the ways there are. `make` draws its inputs on a device and returns the call; `torchs` returns
+    torch's call for the same. `mode`: "tf32" where float32 may be rounded to it."""
 
     name: str
     flops: int
     make: Callable[[torch.device], Callable[[], torch.Tensor]]
     ways: tuple[Way, ...]
+    torchs: Callable[[torch.device], Callable[[], torch.Tensor]] | None = None
+    mode: str = "ieee"
 
 
-def _product_ways(m: int, n: int, k: int, device: _tiles.Device) -> tuple[Way, ...]:
-    """Of bfloat16 (m, k) @ (k, n): pointers in tiles of every size class; descriptors in every tile, alone, persistent,
-    shared out as much as the multiprocessors allow, and half as much."""
+_THROUGH_DESCRIPTORS = {"16": ("16",), "tf32": ("tf32",), "ieee": ("tf32x3", "bf16x6")}
+"""The arithmetic behind descriptors that may stand for that of a product."""
+
+
+def _product_ways(m: int, n: int, k: int, device: _tiles.Device, arithmetic: str = "16") -> tuple[Way, ...]:
+    """Of (m, k) @ (k, n): pointers in tiles of every size class; descriptors in every tile, alone, persistent, shared out
+    as much as the multiprocessors allow, and half as much."""
     ways = [
         Way(f"pointers {size} {value_of(tile)}", dict(product=tile))
         for (kind, size), tile in matmul_tiles.products(device.architecture).items()
-        if kind == "16" and size != "gather" and (size != "skinny" or m <= 16)
+        if kind == arithmetic and size != "gather" and (size != "skinny" or m <= 16)
     ]
-    for product in matmul_tiles.descriptor_products(device.architecture).get("16", ()):
+    products = matmul_tiles.descriptor_products(device.architecture)
+    for product in (product for kind in _THROUGH_DESCRIPTORS[arithmetic] for product in products.get(kind, ())):
         if product.transposed and m > 64:
             continue
         if product.programs:
@@ -96,10 +109,13 @@ def _product_ways(m: int, n: int, k: int, device: _tiles.Device) -> tuple[Way, .
             most = matmul_tiles.shares(programs, _tiles.cdiv(k, product.tile.k), device)
             shares = sorted({_tiles.cdiv(most, 2), most} - {1})
         for splits in shares:
-            how = " transposed" * product.transposed + " persistent" * (product.programs > 0)
+            how = (
+                " transposed" * product.transposed + " persistent" * (product.programs > 0) + " copied" * product.copied
+            )
+            how = f" {product.precision}" * (arithmetic == "ieee") + how
             name = f"descriptors {value_of(product.tile)}{how}{f' in {splits} shares' * several}"
             ways.append(Way(name, dict(matmul=replace(product, splits=splits))))
-    if device.architecture == "sm_90" and m >= 128 and os.environ.get("FASTLAYERS_SPECIALIZED"):
+    if arithmetic == "16" and device.architecture == "sm_90" and m >= 128 and os.environ.get("FASTLAYERS_SPECIALIZED"):
         product = matmul_tiles.specialized(device)
         ways.append(Way(f"descriptors {value_of(product.tile)} specialized", dict(matmul=product)))
     return (Way(PICKED, {}), *ways)
@@ -109,25 +125,48 @@ _FEATURES = ((4096, 4096), (4096, 14336), (14336, 4096), (768, 3072), (3072, 768
 _ROWS = (4096, 1024, 16384, 256, 64, 1)
 
 
+_FLOAT32 = ((4096, 4096, 4096), (4096, 1024, 1024), (1024, 784, 512), (16384, 768, 3072))
+
+
 def _products(device: _tiles.Device) -> Iterator[Job]:
-    """The three directions of Linear layers: forward of all, gradients of those with many rows."""
+    """The three directions of Linear layers in bfloat16: forward of all, gradients of those with many rows."""
+    for rows in _ROWS:
+        for k, n in _FEATURES:
+            directions = list(_directions("linear", rows, k, n, device, "16"))
+            yield from directions if rows >= 1024 else directions[:1]
+
+
+def _float32_products(device: _tiles.Device) -> Iterator[Job]:
+    """A few in float32, strictly and in TF32."""
+    for (rows, k, n), (name, arithmetic) in itertools.product(_FLOAT32, (("float32", "ieee"), ("tf32", "tf32"))):
+        yield from _directions(name, rows, k, n, device, arithmetic)
+
+
+def _directions(name: str, rows: int, k: int, n: int, device: _tiles.Device, arithmetic: str) -> Iterator[Job]:
+    """Forward, input gradient and weight gradient of a layer of k features to n."""
+    dtype, mode = torch.bfloat16 if arithmetic == "16" else torch.float32, "tf32" if arithmetic == "tf32" else "ieee"
 
     def job(name: str, a: tuple[int, int], b: tuple[int, int], a_transposed: bool, b_transposed: bool) -> Job:
+        def operands(on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+            left, right = draw(a, dtype, on, 1), draw(b, dtype, on, 2)
+            return left.T if a_transposed else left, right.T if b_transposed else right
+
         def make(on: torch.device) -> Callable[[], torch.Tensor]:
-            left, right = draw(a, torch.bfloat16, on, 1), draw(b, torch.bfloat16, on, 2)
-            left, right = left.T if a_transposed else left, right.T if b_transposed else right
-            return lambda: matmul.matmul(left, right, precision="ieee")
+            left, right = operands(on)
+            return lambda: matmul.matmul(left, right, precision=mode)
+
+        def torchs(on: torch.device) -> Callable[[], torch.Tensor]:
+            left, right = operands(on)
+            return lambda: left @ right
 
         m, k = reversed(a) if a_transposed else a
         n = b[0] if b_transposed else b[1]
-        return Job(f"{name} {m}x{k}x{n}", 2 * m * n * k, make, _product_ways(m, n, k, device))
+        ways = _product_ways(m, n, k, device, arithmetic)
+        return Job(f"{name} {m}x{k}x{n}", 2 * m * n * k, make, ways, torchs, mode)
 
-    for rows in _ROWS:
-        for k, n in _FEATURES:
-            yield job("linear forward", (rows, k), (n, k), False, True)
-            if rows >= 1024:
-                yield job("linear input grad", (rows, n), (n, k), False, False)
-                yield job("linear weight grad", (rows, n), (rows, k), True, False)
+    yield job(f"{name} forward", (rows, k), (n, k), False, True)
+    yield job(f"{name} input grad", (rows, n), (n, k), False, False)
+    yield job(f"{name} weight grad", (rows, n), (rows, k), True, False)
 
 
 # Images, channels, height and width, result's channels, kernel, stride, groups.
@@ -164,14 +203,21 @@ def _convolutions(device: _tiles.Device) -> Iterator[Job]:
         flops = 2 * n * out * out * o * c // groups * kernel * kernel
         shapes = (n, c, size, size), (o, c // groups, kernel, kernel), (n, o, out, out)
 
-        def make(
-            direction: str, format: torch.memory_format, shapes: Any = shapes, geometry: Any = geometry
-        ) -> Callable[[torch.device], Callable[[], torch.Tensor]]:
-            def on(device: torch.device) -> Callable[[], torch.Tensor]:
-                x, w, y = (
-                    draw(shape, torch.bfloat16, device, i).contiguous(memory_format=format)
-                    for i, shape in enumerate(shapes)
-                )
+        def job(
+            name: str,
+            direction: str,
+            format: torch.memory_format,
+            ways: tuple[Way, ...],
+            shapes: Any = shapes,
+            geometry: Any = geometry,
+            flops: int = flops,
+        ) -> Job:
+            def tensors(device: torch.device) -> Iterator[torch.Tensor]:
+                for i, shape in enumerate(shapes):
+                    yield draw(shape, torch.bfloat16, device, i).contiguous(memory_format=format)
+
+            def make(device: torch.device) -> Callable[[], torch.Tensor]:
+                x, w, y = tensors(device)
                 launcher, arguments, result = {
                     "forward": (conv.conv2d, (x, w, None, y), y),
                     "input grad": (conv.conv2d_input_grad, (y, w, x), x),
@@ -179,41 +225,49 @@ def _convolutions(device: _tiles.Device) -> Iterator[Job]:
                 }[direction]
                 return lambda: (launcher(*arguments, **geometry), result)[1]
 
-            return on
+            def torchs(device: torch.device) -> Callable[[], torch.Tensor]:
+                x, w, y = tensors(device)
+                how = geometry["geometry"]
+                if direction == "forward":
+                    return lambda: F.conv2d(x, w, None, how.stride, how.padding, how.dilation, how.groups)
+                wanted = (direction == "input grad", direction == "weight grad", False)
+                settings = how.stride, how.padding, how.dilation, False, (0, 0), how.groups, wanted
+                return lambda: torch.ops.aten.convolution_backward(y, x, w, None, *settings)[wanted.index(True)]
+
+            return Job(name, flops, make, ways, torchs)
 
         what = f"{n}x{c}x{size}x{size} to {o}, {kernel}x{kernel} stride {stride}"
         if groups > 1:
             what += f" in {groups} groups"
         for direction in ("forward", "input grad", "weight grad"):
             ways = (Way(PICKED, {}), *pointers, *boxes(direction == "weight grad"))
-            yield Job(f"conv2d {direction} {what}", flops, make(direction, torch.channels_last), ways)
+            yield job(f"conv2d {direction} {what}", direction, torch.channels_last, ways)
         ways = (Way(PICKED, {}), *pointers, *boxes(False))
-        yield Job(f"conv2d forward NCHW {what}", flops, make("forward", torch.contiguous_format), ways)
+        yield job(f"conv2d forward NCHW {what}", "forward", torch.contiguous_format, ways)
 
 
 def jobs(device: _tiles.Device) -> list[Job]:
-    """Products and convolutions in turn, the large ones first."""
-    products, convolutions = list(_products(device)), list(_convolutions(device))
-    found: list[Job] = []
-    for i in range(max(len(products), len(convolutions))):
-        found += products[i : i + 1] + convolutions[i : i + 1]
-    return found
+    """Products, convolutions and products in float32 in turn. Every third of each first, so that a run that is short has
+    seen all kinds and sizes; of these the large ones first."""
+    kinds = [list(make(device)) for make in (_products, _convolutions, _float32_products)]
+    mixed = [found[::3] + found[1::3] + found[2::3] for found in kinds]
+    return [job for jobs in itertools.zip_longest(*mixed) for job in jobs if job is not None]
 
 
 Times = dict[str, float]
-"""Milliseconds by the name of the way; of the pick under PICKED."""
+"""Milliseconds by the name of the way; of the pick under PICKED, of torch under TORCH."""
 TimeOf = Callable[[Job, Way], "float | None"]
 
 
 def measure(job: Job, time_of: TimeOf) -> Times:
     """The time of every way that works."""
-    found = {way.name: time_of(job, way) for way in job.ways}
+    found = {way.name: time_of(job, way) for way in (*job.ways, *[Way(TORCH, {})] * (job.torchs is not None))}
     return {name: ms for name, ms in found.items() if ms is not None}
 
 
 def regret(times: Times) -> tuple[float, str]:
     """How many times as long as the best way the pick takes, and which that is."""
-    best = min(times, key=lambda name: (times[name], name != PICKED))
+    best = min(times.keys() - {TORCH}, key=lambda name: (times[name], name != PICKED, name))
     return times[PICKED] / times[best], best
 
 
@@ -223,7 +277,7 @@ def shares(measured: Iterable[tuple[Job, Times]], least_flops: float = 2e11) -> 
     ratios: dict[str, list[float]] = {}
     for job, times in measured:
         plain = {name: ms for name, ms in times.items() if name.startswith("descriptors") and len(name.split()) == 3}
-        if job.flops >= least_flops:
+        if job.flops >= least_flops and job.name.startswith("linear"):
             for name, ms in plain.items():
                 ratios.setdefault(name.removeprefix("descriptors "), []).append(min(plain.values()) / ms)
     return {name: clock.geomean(found) for name, found in ratios.items()}
@@ -248,8 +302,12 @@ def break_even(measured: Iterable[tuple[Job, Times]], others: str) -> float | No
     return float(min(limits, key=lost))
 
 
-def _on_gpu(device: torch.device) -> TimeOf:
-    """By graph replay, after a comparison with the pick's result. The inputs of one job are kept until the next."""
+def _on_gpu(device: torch.device, once: bool = False) -> TimeOf:
+    """By graph replay, after a comparison with the pick's result. The inputs of one job are kept until the next.
+
+    Args:
+        once: each way is called and compared, and no time taken.
+    """
     ready: list[Any] = [None, None, None]
 
     def time_of(job: Job, way: Way) -> float | None:
@@ -259,7 +317,12 @@ def _on_gpu(device: torch.device) -> TimeOf:
                 ready[2] = ready[1]().clone()
                 ready[0] = job.name
             _, call, right = ready
-            with way.chosen():
+            if way.name == TORCH and job.torchs is not None:
+                call = job.torchs(device)
+            with way.chosen(), precision(job.mode):
+                if once:
+                    same(call(), right)
+                    return 1.0
                 return milliseconds(call, right)
         except Exception as error:  # out of resources, a compiler error, a wrong result: worth knowing, each of them
             print(
@@ -276,7 +339,7 @@ def summary(measured: Sequence[tuple[Job, Times]]) -> str:
     if not both:
         return "nothing was measured"
     lines = []
-    for family in ("linear", "conv2d"):
+    for family in ("linear", "conv2d", "tf32", "float32"):
         mine = [(job, times) for job, times in both if job.name.startswith(family)]
         if mine:
             worst = max(mine, key=lambda pair: regret(pair[1])[0])
@@ -284,43 +347,64 @@ def summary(measured: Sequence[tuple[Job, Times]]) -> str:
             lines.append(
                 f"{family}: picks take {mean:.3f}x the best way (worst {regret(worst[1])[0]:.2f}x: {worst[0].name})"
             )
-            limit = break_even(mine, "descriptors" if family == "linear" else "boxes")
+            torchs = {job.name: times[TORCH] / times[PICKED] for job, times in mine if TORCH in times}
+            if torchs:
+                worst_name = min(torchs, key=lambda name: torchs[name])
+                lines.append(
+                    f"{family}: torch takes {clock.geomean([*torchs.values()]):.3f}x as long as the picks in {len(torchs)} jobs "
+                    f"(least {torchs[worst_name]:.2f}x: {worst_name})"
+                )
+            limit = break_even(mine, "boxes" if family == "conv2d" else "descriptors")
             if limit is not None:
                 lines.append(f"{family}: pointers win up to {limit:.2g} FLOP")
-    for name, share in sorted(shares(both).items(), key=lambda item: -item[1]):
-        lines.append(f"share of {name}: {share:.2f}")
+    for name, ratio in sorted(shares(both).items(), key=lambda item: -item[1]):
+        lines.append(f"share of {name}: {ratio:.2f}")
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0 if something was measured and every pick worked."""
+    """Exit status 0 if something was measured and every pick worked; `clock.LOST` if the GPU is lost to this process."""
     parser = argparse.ArgumentParser(prog="python -m bench picks", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--match", default="", help="only jobs whose name contains this")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, help="write all times, job by job, to this file (JSON lines)")
+    parser.add_argument("--once", action="store_true", help="call every way once, which compiles it, and take no times")
+    parser.add_argument("--share", default="0/1", help="I/N: the I-th of N shares of the jobs")
     options = parser.parse_args(argv)
     if reason := why_not():
         print(f"python -m bench picks: {reason}", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    end, time_of = time.perf_counter() + 60 * options.minutes, _on_gpu(device)
-    measured: list[tuple[Job, Times]] = []
-    failed = 0
-    for job in jobs(_tiles.device(device)):
-        if options.match not in job.name or time.perf_counter() > end:
+    end, time_of = time.perf_counter() + 60 * options.minutes, _on_gpu(device, options.once)
+    rows = Rows(options.out, environment(argv))
+    times_of: dict[str, Times] = {row["job"]: row["ms"] for row in rows.rows}
+    every = [job for job in jobs(_tiles.device(device)) if options.match in job.name]
+    failed = done = 0
+    lost = None
+    for job in share(every, options.share):
+        if job.name in times_of:
             continue
-        times = measure(job, time_of)
+        if lost or time.perf_counter() > end:
+            break
+        times, done = measure(job, time_of), done + 1
+        if lost := clock.lost():
+            print(f"{job.name}: the GPU is lost: {lost}", flush=True)
+        rows.add({"job": job.name, "flops": job.flops, "ms": times})
+        times_of[job.name] = times
         if PICKED not in times:
             print(f"{job.name}: the pick FAILED", flush=True)
             failed += 1
             continue
-        measured.append((job, times))
         ratio, best = regret(times)
         rate = job.flops / times[PICKED] / 1e9
-        print(f"{ratio:5.2f}  {times[PICKED]:9.4f} ms {rate:7.1f} TFLOP/s  {job.name}  (best: {best})", flush=True)
-        if options.out:
-            row = {"gpu": torch.cuda.get_device_name(device), "job": job.name, "flops": job.flops, "ms": times}
-            with options.out.open("a") as file:
-                print(json.dumps(row), file=file)
-    print(summary(measured))
+        beside = f", torch {times[TORCH]:.4f} ms" if TORCH in times else ""
+        print(
+            f"{ratio:5.2f}  {times[PICKED]:9.4f} ms {rate:7.1f} TFLOP/s  {job.name}  (best: {best}{beside})", flush=True
+        )
+    print(f"{len(times_of)} of {len(every)} jobs")
+    if lost:
+        return clock.LOST
+    measured = [(job, times_of[job.name]) for job in every if job.name in times_of]
+    if not options.once:
+        print(summary(measured))
     return 0 if measured and not failed else 1

@@ -3,8 +3,9 @@
     python -m bench [--minutes 10] [--out DIR] [--match REGEX] [--base COMMIT]
 
 Writes every row as soon as it is measured (DIR/rows.jsonl); at the end, or when stopped, all of them with the environment
-in one file (results.json) and a table (results.md). By default DIR is bench/results/<gpu>/<time>-<commit>. Nothing but
-torch, triton and this checkout is needed; `python -m bench report` draws the plots, there or elsewhere.
+in one file (results.json) and a table (results.md). By default DIR is bench/results/<gpu>/<time>-<commit>. In a DIR that has
+rows already it goes on with those that are missing. Nothing but torch, triton and this checkout is needed; `python -m bench
+report` draws the plots, there or elsewhere.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -40,6 +41,7 @@ from .subject import Reference, Subject
 from .workloads import Workload, workloads
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
 _TIER_RANK = (0.0, 3.0, 12.0)
@@ -90,6 +92,34 @@ class Budget:
         begin = self._now()
         yield
         self._seen.setdefault(tier, []).append(self._now() - begin)
+
+
+class Rows:
+    """The rows of a run, written into a file as soon as they are known. Where there is such a file, that run was stopped, and
+    this one goes on."""
+
+    def __init__(self, path: Path | None, env: dict[str, Any]):
+        self.rows: list[Row] = report.read_results(path)["rows"] if path is not None and path.exists() else []
+        self._path = path
+        # A line that was cut short stays alone.
+        self._write(("\n" if self.rows else "") + json.dumps({"environment": env}) + "\n")
+
+    def _write(self, text: str) -> None:
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def add(self, *rows: Row) -> None:
+        self.rows += rows
+        self._write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def share(found: list[T], which: str) -> list[T]:
+    """`which`: "I/N", for the I-th of N shares, each of which has something of all."""
+    first, step = map(int, which.split("/"))
+    return found[first::step]
 
 
 def finish(rows: list[Row], arithmetic: str, flops: int, bytes: int, gpu: str | None) -> None:
@@ -216,13 +246,15 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.25, help="of samples for each provider and workload")
     parser.add_argument("--base", metavar="COMMIT", help="measure this commit's kernels as well, in turn with these")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", default="0/1", help="I/N: the I-th of N shares of the workloads")
     parser.add_argument("--list", action="store_true", help="print what would be run, in order, and stop")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
+    """Exit status 0 if there are rows; `clock.LOST` if the GPU is lost to this process."""
     options = _options(argv)
-    entries = [entry for entry in plan(workloads()) if re.search(options.match, entry[0].key)]
+    entries = share([entry for entry in plan(workloads()) if re.search(options.match, entry[0].key)], options.share)
     if options.list:
         print("\n".join(f"{workload.key} | tier {tier}" for workload, tier in entries))
         return 0
@@ -237,62 +269,73 @@ def main(argv: list[str]) -> int:
     env = environment(argv)
     out: Path = options.out or folder(env)
     out.mkdir(parents=True, exist_ok=True)
-    available = [provider for provider in PROVIDERS if provider.name not in env["absent"]]
-    if options.providers:
-        available = [provider for provider in available if provider.name in options.providers]
-    device = torch.device("cuda", torch.cuda.current_device())
-    budget = Budget(options.minutes)
+    status = 0
     with contextlib.ExitStack() as stack:
         # Empty caches: a first call is then what its user waits for.
         cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastlayers-bench-", ignore_cleanup_errors=True))
-        os.environ.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
+        env["caches"] = os.environ.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
         server = None
         if options.base:
             server = base.Server(stack.enter_context(base.checkout(options.base)))
             stack.callback(server.close)
             env["base"] = _git("rev-parse", "--short=12", options.base)
-        results = stack.enter_context((out / "rows.jsonl").open("w"))
-
-        def write(row: Row) -> None:
-            results.write(json.dumps(row) + "\n")
-            results.flush()
-            os.fsync(results.fileno())
-
-        write({"environment": env})
-        rows: list[Row] = []
-        done = 0
+        rows = Rows(out / "rows.jsonl", env)
         try:
-            for workload, tier in entries:
-                if budget.over:
-                    break
-                chosen = [p for p in available if p.tier <= tier and p.applies(workload)]
-                if not budget.fits(tier) or (tier > 0 and not any(p.tier == tier for p in chosen)):
-                    continue
-                with budget.spend(tier):
-                    try:
-                        found = measure(workload, chosen, device, options.seconds, server, options.seed)
-                    except Exception as error:
-                        # The reference itself didn't fit, or the GPU is lost: then all that follow say so as well.
-                        found = [{"workload": workload.key, "provider": "-", "kind": "-", "void": None,
-                                  "failed": f"{type(error).__name__}: {error}"[:300]}]  # fmt: skip
-                    gc.collect()
-                    torch.cuda.empty_cache()
-                    if tier > 0:
-                        forget()
-                for row in found:
-                    row["entry"] = done
-                    write(row)
-                rows += found
-                done += 1
-                print(report.line(found), flush=True)
+            status = _measure_all(entries, options, env, server, rows)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
-        print(f"{done} of {len(entries)} entries in {options.minutes:g} minutes")
+    if status == clock.LOST:
+        return status
     env["clocks after"] = clock.gpu_state()
-    report.write_results(out / "results.json", env, rows)
-    text = report.markdown({"environment": env, "rows": rows})
+    report.write_results(out / "results.json", env, rows.rows)
+    text = report.markdown({"environment": env, "rows": rows.rows})
     (out / "results.md").write_text(text)
-    print(report.summary({"environment": env, "rows": rows}))
+    print(report.summary({"environment": env, "rows": rows.rows}))
     print(f"written: {out}")
-    return 0 if rows else 1
+    return 0 if rows.rows else 1
+
+
+def _measure_all(
+    entries: list[tuple[Workload, int]],
+    options: argparse.Namespace,
+    env: dict[str, Any],
+    server: base.Server | None,
+    rows: Rows,
+) -> int:
+    """What fits into the time of what `rows` hasn't got; `clock.LOST` where no more can be measured."""
+    available = [provider for provider in PROVIDERS if provider.name not in env["absent"]]
+    if options.providers:
+        available = [provider for provider in available if provider.name in options.providers]
+    device = torch.device("cuda", torch.cuda.current_device())
+    budget = Budget(options.minutes)
+    seen = {(row["workload"], row.get("tier")): row["entry"] for row in rows.rows}
+    number, done = max(seen.values(), default=-1) + 1, 0
+    for workload, tier in entries:
+        if budget.over:
+            break
+        chosen = [p for p in available if p.tier <= tier and p.applies(workload)]
+        if not budget.fits(tier) or (tier > 0 and not any(p.tier == tier for p in chosen)):
+            continue
+        if (workload.key, tier) in seen:
+            continue
+        with budget.spend(tier):
+            try:
+                found = measure(workload, chosen, device, options.seconds, server, options.seed)
+            except Exception as error:  # the reference itself didn't fit, say
+                found = [{"workload": workload.key, "provider": "-", "kind": "-", "void": None,
+                          "failed": f"{type(error).__name__}: {error}"[:300]}]  # fmt: skip
+            lost = clock.lost()
+            if not lost:
+                gc.collect()
+                torch.cuda.empty_cache()
+            if tier > 0:
+                forget()
+        rows.add(*[row | {"entry": number + done, "tier": tier} for row in found])
+        done += 1
+        print(report.line(found), flush=True)
+        if lost:
+            print(f"the GPU is lost: {lost}", file=sys.stderr)
+            return clock.LOST
+    print(f"{done} of {len(entries)} entries in {options.minutes:g} minutes" + f", {len(seen)} before" * bool(seen))
+    return 0

@@ -226,13 +226,21 @@ def search(
     return times, *choose(medians, knob.shipped)
 
 
+def same(result: torch.Tensor, right: torch.Tensor) -> None:
+    """
+    Raises:
+        AssertionError: if they are too far apart to be the same thing.
+    """
+    torch.testing.assert_close(result, right, rtol=2e-2, atol=2e-2 * right.abs().max().item())
+
+
 def milliseconds(call: Callable[[], torch.Tensor], right: torch.Tensor) -> float | None:
     """The GPU time of one call by graph replay, None if it can't be captured.
 
     Raises:
         AssertionError: if its result isn't `right`. Whatever the call raises.
     """
-    torch.testing.assert_close(call(), right, rtol=2e-2, atol=2e-2 * right.abs().max().item())
+    same(call(), right)
     samples = [clock.Clock([call], torch.cuda.Stream()).sample().gpu_ms for _ in range(3)]
     return min((ms for ms in samples if ms is not None), default=None)
 

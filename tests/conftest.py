@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ os.environ.setdefault("FASTLAYERS_TEST_SEED", str(random.SystemRandom().randrang
 
 import honest_interpreter  # noqa: E402
 import quick_interpreter  # noqa: E402
+import recorded  # noqa: E402
 import sanitizer  # noqa: E402
 
 import fastlayers  # noqa: E402
@@ -47,6 +50,19 @@ def pytest_report_header() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", default="0/1", help="I/N: the I-th of N shares of the tests, divided by their names")
+    parser.addoption(
+        "--record",
+        type=Path,
+        help="a file for a line of each test; see recorded.py",
+    )
+    parser.addoption(
+        "--hang", type=float, default=120.0, help="with --record: seconds after which a test ends the process"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--record"):
+        config.pluginmanager.register(recorded.Recorder(path, config.getoption("--hang")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -141,13 +157,18 @@ def small_tiles() -> Iterator[None]:
 
 @pytest.fixture
 def large_tiles() -> Iterator[None]:
-    """Tiles for large tensors: the interpreter takes as long over a small one."""
-    with _tiles.force(pointwise=Tile(1, 2**16), gated=Tile(1, 2**16)):
+    """Tiles for large tensors: the interpreter takes as long over a small one. No compiler could put them into registers."""
+    with (
+        _tiles.force(pointwise=Tile(1, 2**16), gated=Tile(1, 2**16))
+        if _launch.INTERPRETED
+        else contextlib.nullcontext()
+    ):
         yield
 
 
 @pytest.fixture
 def few_programs() -> Iterator[None]:
-    """Pooling in large tiles, which take the interpreter no longer than small ones; it goes through windows pixel by pixel."""
-    with _tiles.force(pool=Tile(4096, 1)):
+    """Pooling in large tiles, which take the interpreter no longer than small ones; it goes through windows pixel by pixel.
+    Compiled, they would spill."""
+    with _tiles.force(pool=Tile(4096, 1)) if _launch.INTERPRETED else contextlib.nullcontext():
         yield

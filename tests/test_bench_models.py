@@ -192,6 +192,10 @@ def test_a_run(tiny: None, fake_gpu: None, tmp_path: Path, monkeypatch: pytest.M
             assert row["peak_bytes"] == 1000 and row["samples"] >= 2 and row["wall_us"]["p50"] > 0
             assert ("saved_bytes" in row) == (direction == "step")
             assert 0 <= row["idle"] <= 1
+    for way in ways.keys() - {"absent"}:  # none of it is measured again
+        monkeypatch.setitem(ways, way, Way("other", fails))
+    assert models.main(["--out", str(tmp_path), "--seconds", "0"]) == 0
+    assert len((tmp_path / "models.jsonl").read_text().splitlines()) == 1 + len(rows) + 2
     table = (tmp_path / "models.md").read_text()
     assert "| tiny | step | failing | no time: RuntimeError: does not fit |" in table
     assert "| tiny | inference | other | no time: root mean square" in table

@@ -1,14 +1,8 @@
-"""bench's tables and plots, and the script that a machine with a GPU runs."""
+"""bench's tables and plots."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import re
-import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,88 +135,3 @@ def test_nothing_that_measures_needs_what_a_gpu_machine_may_lack() -> None:
         "print('imported')"
     )
     assert bench("-c", code).stdout.strip() == "imported"
-
-
-# The script
-
-SCRIPT = ROOT / "bench" / "on_gpu.sh"
-
-
-def script(*args: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHON": python, "PATH": "/usr/bin:/bin"}
-    return subprocess.run(["bash", str(SCRIPT), *args], env=env, capture_output=True, text=True, check=False)
-
-
-def test_script_wants_a_folder(tmp_path: Path) -> None:
-    assert SCRIPT.stat().st_mode & stat.S_IXUSR
-    assert script().returncode == 2
-    assert script("--minutes", "many", str(tmp_path)).returncode == 2
-    assert script("--frobnicate", str(tmp_path)).returncode == 2
-
-
-STUB = """#!{python}
-import os, subprocess, sys, time
-args = sys.argv[1:]
-text = " ".join(args)
-if args[:2] == ["-m", "pytest"]:
-    print("tests/test_linear.py::test_a PASSED\\n=== 1 passed in 0.1s ===")
-elif "is_available" in text or "get_device_name" in text or "import xdist" in text or "import build" in text:
-    print("NVIDIA H200")
-elif "import sklearn" in text:
-    sys.exit(1)
-elif args[:2] == ["-m", "fastlayers"]:
-    print("self-check")
-elif args[:3] == ["-m", "bench", "picks"]:
-    print("linear: picks take 1.020x the best way")
-elif args[:3] == ["-m", "bench", "models"]:
-    out = args[args.index("--out") + 1]
-    os.makedirs(out)
-    open(out + "/models.md", "w").write("a table")
-elif args[:2] == ["-m", "bench"] and args[2] != "report":
-    out = args[args.index("--out") + 1]
-    os.makedirs(out)
-    open(out + "/rows.jsonl", "w").write(open({rows!r}).read())
-    sys.exit(137)
-else:
-    sys.exit(subprocess.run([{python!r}, *args]).returncode)
-"""
-
-
-@pytest.mark.slow
-def test_script_without_a_gpu_keeps_what_it_has(tmp_path: Path) -> None:
-    stub = tmp_path / "stub"
-    text = STUB.format(python=sys.executable, rows="").replace('"is_available" in text or ', "")
-    stub.write_text(text)
-    stub.chmod(0o755)
-    done = script("--minutes", "2", str(tmp_path / "results"), python=str(stub))
-    assert done.returncode == 1, done.stdout + done.stderr
-    summary = (tmp_path / "results" / "summary.txt").read_text()
-    assert "self-check: passed" in summary
-    assert "GPU: none, so nothing else is run" in summary
-    assert not (tmp_path / "results" / "tests.log").exists()
-
-
-@pytest.mark.slow
-def test_script_reports_a_benchmark_that_was_killed(tmp_path: Path, results: dict[str, Any]) -> None:
-    """Its rows are there, and a table is made of them; every step has said how it ended."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, [{"environment": results["environment"]}, *results["rows"], "cut"]))[:-4])
-    stub = tmp_path / "stub"
-    stub.write_text(STUB.format(python=sys.executable, rows=str(rows)))
-    stub.chmod(0o755)
-    done = script("--minutes", "6", str(tmp_path / "results"), python=str(stub))
-    assert done.returncode == 1, done.stdout + done.stderr
-    summary = (tmp_path / "results" / "summary.txt").read_text()
-    assert "GPU: NVIDIA H200" in summary
-    assert "tests: without tests/test_demo.py, sklearn is not installed" in summary
-    assert re.search(r"specialized products: .*1 passed", summary)
-    assert re.search(r"tests-of-the-gpu: .*1 passed", summary)
-    assert re.search(r"tests: .*1 passed", summary)
-    assert "picks: linear: picks take 1.020x the best way" in summary
-    assert "whole models: a table" in summary
-    assert "compute-sanitizer: not on this machine" in summary
-    assert "benchmark: ended with status 137" in summary
-    assert "2 of 4 workloads are slower" in done.stdout
-    assert (tmp_path / "results" / "bench" / "results.md").read_text().startswith("# NVIDIA H200")
-    assert len(list((tmp_path / "results" / "bench" / "plots").iterdir())) == 6

@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_workloads import BY_NAME, CONV, CPU, EVAL, FUSED, LINEAR, LOSS, SMALL, SOFTMAX, STEP, bench, fake_gpu
 
-from bench import base, providers, report, run, subject, workloads
+from bench import base, ceilings, clock, providers, report, run, subject, workloads
 from bench.providers import PROVIDERS, Provider
 from bench.workloads import Workload
 from fastlayers.reporting import gpus
@@ -233,6 +233,32 @@ def test_a_run_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("fake_gpu", "few_workloads")
+def test_a_run_goes_on_where_one_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In shares; by another process where the GPU was lost to one, but without what was under way then."""
+    measure, measured = run.measure, []
+
+    def noted(workload: Workload, *args: Any) -> Any:
+        measured.append(workload.family)
+        return measure(workload, *args)
+
+    monkeypatch.setattr(run, "measure", noted)
+    arguments = [*ARGUMENTS, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "lost", lambda: "CUDA error: an illegal memory access was encountered")
+        assert run.main(arguments) == clock.LOST
+    assert not (tmp_path / "results.json").exists()
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"workload": "cut sh')
+    assert run.main([*arguments, "--share", "0/2"]) == 0
+    assert measured == ["Linear"]
+    assert run.main(arguments) == 0
+    assert measured == ["Linear", "Softmax"]
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert [(row["family"], row["entry"]) for row in rows] == [("Linear", 0)] * 3 + [("Softmax", 1)] * 3
+    assert report.read_results(tmp_path / "rows.jsonl")["rows"] == rows
+
+
+@pytest.mark.usefixtures("fake_gpu", "few_workloads")
 def test_no_time_no_rows(tmp_path: Path) -> None:
     assert run.main([*ARGUMENTS, "--minutes", "0", "--out", str(tmp_path)]) == 1
 
@@ -291,3 +317,13 @@ def test_refuses(command: tuple[str, ...], env: dict[str, str], message: str) ->
 def test_commands() -> None:
     assert "audit" in bench("-m", "bench", "--help").stdout
     assert bench("-m", "bench", "nonsense").returncode == 2
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_ceilings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ceilings.json"
+    assert ceilings.main(["--gigabytes", "0.00001", "--size", "16", "--out", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert {"gpu", "commit", "clocks", "clocks after", "triton key"} <= found["environment"].keys()
+    assert found["ceilings"].keys() == {"copy GB/s", "bf16 TFLOP/s", "tf32 TFLOP/s", "fp32 TFLOP/s"}
+    assert "bf16 0 TFLOP/s" in capsys.readouterr().out

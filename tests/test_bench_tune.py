@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from small_workloads import CPU, fake_gpu
 
-from bench import clock, picks, tune
+from bench import clock, picks, report, tune
 from fastlayers.kernels import pointwise, softmax
 from fastlayers.kernels.conv import tiles as conv_tiles
 from fastlayers.kernels.matmul import tiles as matmul_tiles
@@ -126,14 +127,15 @@ HOPPER = _tiles.Device("sm_90", 132)
 def test_every_job_has_every_way() -> None:
     """Pointers and descriptors, pointers and boxes; names that tell them apart; what is forced is what is picked then."""
     found = picks.jobs(HOPPER)
-    assert {job.name.split(" ")[0] for job in found[:2]} == {"linear", "conv2d"}
+    assert {job.name.split(" ")[0] for job in found[:3]} == {"linear", "conv2d", "float32"}
     for job in found:
         names = [way.name for way in job.ways]
         assert names[0] == picks.PICKED
         assert len(set(names)) == len(names)
         kinds = {name.split(" ")[0] for name in names[1:]}
-        assert kinds == {"pointers", "descriptors" if job.name.startswith("linear") else "boxes"}, job.name
+        assert kinds == {"pointers", "boxes" if job.name.startswith("conv2d") else "descriptors"}, job.name
         assert job.flops > 0
+    assert len({job.name for job in found}) == len(found)
     assert all({name.split(" ")[0] for name in (w.name for w in job.ways[1:])} == {"pointers"} for job in picks.jobs(
         _tiles.Device("sm_80", 108)
     ))  # fmt: skip
@@ -177,6 +179,20 @@ def test_a_way_launches_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> No
             )
 
 
+def test_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every job at its real size: the same shape and dtype, without memory."""
+    monkeypatch.setattr(_launch, "launch", lambda *args, **meta: None)
+    monkeypatch.setattr(_tiles, "device", lambda device: HOPPER)
+    monkeypatch.setattr(
+        picks, "draw", lambda shape, dtype, device, seed: torch.empty(shape, dtype=dtype, device=device)
+    )
+    for this in picks.jobs(HOPPER):
+        assert this.torchs is not None
+        ours, theirs = (make(torch.device("meta"))() for make in (this.make, this.torchs))
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), this.name
+        assert (this.mode == "tf32") is this.name.startswith("tf32")
+
+
 def job(name: str, flops: int) -> picks.Job:
     return picks.Job(
         name, flops, lambda device: lambda: torch.ones(1), (picks.Way(picks.PICKED, {}), picks.Way("pointers a", {}))
@@ -207,6 +223,45 @@ def test_regret_and_what_follows() -> None:
     assert "worst 10.00x: linear large" in text
     assert "share of 64x64x64 w4s5: 0.63" in text
     assert picks.summary([]) == "nothing was measured"
+    # torch is no way of ours to compute it: it is what the pick is held against.
+    beside = [(job("tf32 large", 10**12), {"picked": 2.0, fast: 1.0, "torch": 0.5})]
+    assert picks.regret(beside[0][1]) == (2.0, fast)
+    assert "tf32: torch takes 0.250x as long as the picks in 1 jobs (least 0.25x: tf32 large)" in picks.summary(beside)
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_picks_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In shares, once, until the GPU is lost; and then without what was done."""
+    monkeypatch.setattr(picks, "environment", lambda argv: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr(picks, "why_not", lambda: None)
+    made: list[str] = []
+
+    def named(name: str) -> picks.Job:
+        return picks.Job(
+            name, 8, lambda device: lambda: (made.append(name), torch.ones(1))[1], (picks.Way(picks.PICKED, {}),),
+            lambda device: lambda: torch.ones(1),
+        )  # fmt: skip
+
+    monkeypatch.setattr(picks, "jobs", lambda device: [named(f"linear {i}") for i in range(5)])
+    out = tmp_path / "picks.jsonl"
+    assert picks.main(["--once", "--share", "1/2", "--out", str(out)]) == 0
+    assert {*made} == {"linear 1", "linear 3"}
+    made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "lost", lambda: "illegal access")
+        assert picks.main(["--once", "--out", str(out)]) == clock.LOST
+    assert {*made} == {"linear 0"}
+    with out.open("a") as file:
+        file.write('{"job": "linear 4", "ms"')
+    made.clear()
+    assert picks.main(["--once", "--out", str(out)]) == 0
+    assert {*made} == {"linear 2", "linear 4"}
+    rows = report.read_results(out)
+    assert [row["job"] for row in rows["rows"]] == [f"linear {i}" for i in (1, 3, 0, 2, 4)]
+    assert (
+        rows["rows"][0]["ms"] == {picks.PICKED: 1.0, picks.TORCH: 1.0} and rows["environment"]["gpu"] == "NVIDIA H200"
+    )
+    assert "5 of 5 jobs" in capsys.readouterr().out
 
 
 def test_a_way_that_fails_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,8 @@ def test_empty_batch(case: Case, device: torch.device) -> None:
 def test_special_values(case: Case, value: float, device: torch.device) -> None:
     """NaN and infinities appear where torch's do, in the result and in every gradient."""
     ours, theirs = pair(case, torch.float32, device)
+    if device.type == "cuda" and isinstance(theirs, torch.nn.BCELoss) and value != 0:
+        pytest.skip("torch stops the process")
     # oneDNN, which torch uses in float32 alone, leaves out products with what is beyond the edge of an image. Torch's own kernels
     # have zeros there, times which a NaN is one in the gradient of the weight.
     dtype = torch.float64 if type(theirs).__name__.startswith("ConvTranspose") else torch.float32
@@ -134,7 +136,7 @@ def test_special_values(case: Case, value: float, device: torch.device) -> None:
         x[-1] = value
         try:
             dys = output_gradients(theirs, arguments)
-        except RuntimeError:  # torch looks at the values on a CPU, and stops the process on a GPU
+        except RuntimeError:  # torch looks at the values
             assert "between 0 and 1" in str(sys.exc_info()[1])
             continue
         with by_formula():
