@@ -1,10 +1,12 @@
-"""Where the suite runs: on the GPU if there is one, else on the CPU in Triton's interpreter, made honest and watched."""
+"""Where the suite runs: on the GPU if there is one, else on the CPU in Triton's interpreter, made honest and watched; or, with
+rehearsal.py, nowhere."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
+REHEARSED = "rehearsal" in sys.modules
+if not GPU and not REHEARSED:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 os.environ.setdefault("FASTLAYERS_TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # one for all workers
 
@@ -45,6 +48,7 @@ if _launch.INTERPRETED:
 
 def pytest_report_header() -> str:
     where = torch.cuda.get_device_name() if GPU else "Triton's interpreter, made honest and watched"
+    where = "a GPU that isn't there" if REHEARSED else where
     return f"fastlayers on {where}; FASTLAYERS_TEST_SEED={os.environ['FASTLAYERS_TEST_SEED']}"
 
 
@@ -71,7 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % shares == share]
     for item in items:
-        if "gpu" in item.keywords and not GPU:
+        if "gpu" in item.keywords and not (GPU or REHEARSED):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 

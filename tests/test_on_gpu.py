@@ -254,5 +254,50 @@ def test_a_test_that_time_cut_off_is_run_again(tmp_path: Path) -> None:
     assert recorded.main([str(tmp_path / "none.jsonl")]) == 1
 
 
+@pytest.mark.slow
+def test_a_rehearsal_compiles_what_a_gpu_would_run(tmp_path: Path) -> None:
+    """Wrong numbers are none of its business; a kernel that doesn't compile is."""
+    (tmp_path / "test_it.py").write_text(
+        """
+import torch, triton, triton.language as tl
+from fastlayers import functional as FL
+from fastlayers.kernels.runtime import launch
+
+@triton.jit
+def _broken_kernel(x):
+    tl.store(x, tl.no_such_thing(x))
+
+def test_right(device):
+    x = torch.ones(3, device=device)
+    assert torch.equal(FL.relu(x), x)
+
+def test_broken(device):
+    launch.launch(_broken_kernel, 1, torch.ones(3, device=device))
+"""
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {
+        "PYTHONPATH": f"{ROOT}/tests:{ROOT}",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "rehearsal",
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+        "test_it.py",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert "1 failed, 1 passed" in done.stdout and "no_such_thing" in done.stdout, done.stdout + done.stderr
+    assert list((tmp_path / "cache").glob("*/_pointwise_kernel.cubin"))
+
+
 def test_kernels_are_known_by_name() -> None:
     assert {"pointwise_kernel", "conv_box_kernel"} <= recorded.known_kernels()
