@@ -80,3 +80,16 @@ def test_integers_are_torchs(device: torch.device) -> None:
         assert torch.equal(cosine_similarity(x, i), TF.cosine_similarity(x, i))
         with pytest.raises(RuntimeError, match="floating point"):
             cosine_similarity(i, i)
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
+def test_what_torch_says_of_an_eps_that_is_no_bound(eps: float, device: torch.device) -> None:
+    fastlayers.policy("auto")
+    x = torch.randn(3, 4, device=device)
+    found: list[Any] = []
+    for space in (TF, fastlayers.functional):
+        try:
+            found.append(space.cosine_similarity(x, x, 1, eps).tolist())
+        except RuntimeError as error:
+            found.append(str(error))
+    assert str(found[0]) == str(found[1])  # as words, because NaN isn't NaN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class CosineSimilarity(Operation):
             return BadInput("tensors that don't broadcast")
         if not -dims <= options.dim < max(dims, 1):
             return BadInput(f"dim {options.dim} of a tensor with {dims}")
+        if not 0 <= options.eps < math.inf:
+            return BadInput(f"eps {options.eps}")
         if dims == 0:
             return "a tensor without dimensions"
         return unsupported_dtype(x2.dtype)
