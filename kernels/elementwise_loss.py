@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .pointwise import offsets
 from .reduce import divide, sum_losses
 from .runtime import launch, tiles
 from .runtime.tiles import Tile, cdiv
@@ -208,15 +209,6 @@ def poisson_of_log_grad(x, t, p, A):
 
 
 @triton.jit
-def _offsets(i, N1, N2, s0, s1, s2, FLAT: tl.constexpr):
-    """Where element i of a tensor of sizes (N0, N1, N2) lies; FLAT: the elements lie one after the other."""
-    if FLAT:
-        return i
-    else:
-        return i // N2 // N1 * s0 + i // N2 % N1 * s1 + i % N2 * s2
-
-
-@triton.jit
 def _elementwise_loss_kernel(
     x_ptr, t_ptr, weight_ptr, p_ptr, out_ptr, partials_ptr,
     SIZE, N1, N2, x_0, x_1, x_2, t_0, t_1, t_2, w_0, w_1, w_2, p_0, p_1, p_2, out_0, out_1, out_2,
@@ -233,17 +225,17 @@ def _elementwise_loss_kernel(
     for start in range(first * TILE, SIZE, tl.num_programs(0) * TILE):
         i = start + block
         inside = i < SIZE
-        x = tl.load(x_ptr + _offsets(i, N1, N2, x_0, x_1, x_2, FLAT), mask=inside, other=0.0).to(ACC)
-        t = tl.load(t_ptr + _offsets(i, N1, N2, t_0, t_1, t_2, FLAT), mask=inside, other=0.0).to(ACC)
+        x = tl.load(x_ptr + offsets(i, N1, N2, x_0, x_1, x_2, FLAT), mask=inside, other=0.0).to(ACC)
+        t = tl.load(t_ptr + offsets(i, N1, N2, t_0, t_1, t_2, FLAT), mask=inside, other=0.0).to(ACC)
         p = None
         if p_ptr is not None:
-            p = tl.load(p_ptr + _offsets(i, N1, N2, p_0, p_1, p_2, FLAT), mask=inside, other=0.0).to(ACC)
+            p = tl.load(p_ptr + offsets(i, N1, N2, p_0, p_1, p_2, FLAT), mask=inside, other=0.0).to(ACC)
         loss = F(x, t, p, (tl.full((), A, ACC), SWITCH))
         if weight_ptr is not None:
-            loss *= tl.load(weight_ptr + _offsets(i, N1, N2, w_0, w_1, w_2, FLAT), mask=inside, other=0.0).to(ACC)
+            loss *= tl.load(weight_ptr + offsets(i, N1, N2, w_0, w_1, w_2, FLAT), mask=inside, other=0.0).to(ACC)
         if out_ptr is not None:
             tl.store(
-                out_ptr + _offsets(i, N1, N2, out_0, out_1, out_2, FLAT), loss.to(out_ptr.dtype.element_ty), mask=inside
+                out_ptr + offsets(i, N1, N2, out_0, out_1, out_2, FLAT), loss.to(out_ptr.dtype.element_ty), mask=inside
             )
         else:
             sums += tl.where(inside, loss, 0.0)
@@ -271,26 +263,26 @@ def _elementwise_loss_grad_kernel(
     x = tl.zeros((TILE,), ACC)
     t = tl.zeros((TILE,), ACC)
     if x_ptr is not None:
-        x = tl.load(x_ptr + _offsets(i, N1, N2, x_0, x_1, x_2, FLAT), mask=inside, other=0.0).to(ACC)
+        x = tl.load(x_ptr + offsets(i, N1, N2, x_0, x_1, x_2, FLAT), mask=inside, other=0.0).to(ACC)
     if t_ptr is not None:
-        t = tl.load(t_ptr + _offsets(i, N1, N2, t_0, t_1, t_2, FLAT), mask=inside, other=0.0).to(ACC)
+        t = tl.load(t_ptr + offsets(i, N1, N2, t_0, t_1, t_2, FLAT), mask=inside, other=0.0).to(ACC)
     p = None
     if p_ptr is not None:
-        p = tl.load(p_ptr + _offsets(i, N1, N2, p_0, p_1, p_2, FLAT), mask=inside, other=0.0).to(ACC)
+        p = tl.load(p_ptr + offsets(i, N1, N2, p_0, p_1, p_2, FLAT), mask=inside, other=0.0).to(ACC)
     if SCALAR:
         dy = divide(tl.load(dy_ptr).to(ACC), tl.cast(DIVISOR, ACC))
     else:
-        dy = tl.load(dy_ptr + _offsets(i, N1, N2, dy_0, dy_1, dy_2, FLAT), mask=inside, other=0.0).to(ACC)
+        dy = tl.load(dy_ptr + offsets(i, N1, N2, dy_0, dy_1, dy_2, FLAT), mask=inside, other=0.0).to(ACC)
     if weight_ptr is not None:
-        dy *= tl.load(weight_ptr + _offsets(i, N1, N2, w_0, w_1, w_2, FLAT), mask=inside, other=0.0).to(ACC)
+        dy *= tl.load(weight_ptr + offsets(i, N1, N2, w_0, w_1, w_2, FLAT), mask=inside, other=0.0).to(ACC)
     dx, dt = F_GRAD(x, t, p, (tl.full((), A, ACC), SWITCH))
     if dx_ptr is not None:
         tl.store(
-            dx_ptr + _offsets(i, N1, N2, dx_0, dx_1, dx_2, FLAT), (dy * dx).to(dx_ptr.dtype.element_ty), mask=inside
+            dx_ptr + offsets(i, N1, N2, dx_0, dx_1, dx_2, FLAT), (dy * dx).to(dx_ptr.dtype.element_ty), mask=inside
         )
     if dt_ptr is not None:
         tl.store(
-            dt_ptr + _offsets(i, N1, N2, dt_0, dt_1, dt_2, FLAT), (dy * dt).to(dt_ptr.dtype.element_ty), mask=inside
+            dt_ptr + offsets(i, N1, N2, dt_0, dt_1, dt_2, FLAT), (dy * dt).to(dt_ptr.dtype.element_ty), mask=inside
         )
 
 

@@ -1,5 +1,7 @@
 """Functions of one element: y = f(x), and dx = f_grad(dy, saved)."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,15 @@ from .runtime.tiles import Tile
 
 _POINTWISE = Tile(1, 1024, warps=4)
 """n elements."""
+
+
+@triton.jit
+def offsets(i, N1, N2, s0, s1, s2, FLAT: tl.constexpr):
+    """Where element i of a tensor of sizes (N0, N1, N2) lies; FLAT: the elements lie one after the other."""
+    if FLAT:
+        return i
+    else:
+        return i // N2 // N1 * s0 + i // N2 % N1 * s1 + i % N2 * s2
 
 
 @triton.jit
@@ -29,15 +40,15 @@ def _pointwise_kernel(
 
 @triton.jit
 def _pointwise_grad_kernel(
-    dy_ptr, saved_ptr, dx_ptr, SIZE, A0: tl.float64, A1: tl.float64,
-    F_GRAD: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    dy_ptr, saved_ptr, dx_ptr, SIZE, N1, N2, dy_0, dy_1, dy_2, A0: tl.float64, A1: tl.float64,
+    F_GRAD: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE consecutive elements of dx, each read once from dy and saved."""
+    """One program: TILE consecutive elements of dx, each read once from dy and saved. FLAT: dy lies as they do."""
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
     i = pid * TILE + tl.arange(0, TILE)
-    dy = tl.load(dy_ptr + i, mask=i < SIZE)
+    dy = tl.load(dy_ptr + offsets(i, N1, N2, dy_0, dy_1, dy_2, FLAT), mask=i < SIZE)
     saved = tl.load(saved_ptr + i, mask=i < SIZE)
     dx = F_GRAD(dy.to(ACC), saved.to(ACC), epilogues.options(A0, A1, ACC))
     tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty), mask=i < SIZE)
@@ -67,14 +78,27 @@ def _laid_out_as(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x if lie_alike(x, y) else launch.empty_like(y, x.dtype).copy_(x)
 
 
-def _launch_flat(kernel: object, *tensors: torch.Tensor, options: epilogues.Options, **meta: object) -> None:
+def _expanded(dy: torch.Tensor, dense: torch.Tensor) -> tuple[int, ...] | None:
+    """Two sizes and three strides by which `offsets` finds the elements of an expanded tensor, as the gradient of a mean is, in
+    the order of dense's memory. None if they don't say it, or for a tensor that isn't expanded."""
+    sizes, (of_dense, of_dy) = launch.collapse(dense.shape, [dense.stride(), dy.stride()])
+    in_order = of_dense == [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
+    if 0 not in of_dy or not in_order or len(sizes) > 3:
+        return None
+    missing = 3 - len(sizes)  # sizes of 1 in the middle, by which nothing is divided
+    return *[1] * missing, *sizes[1:], of_dy[0], *[0] * missing, *of_dy[1:]
+
+
+def _launch_flat(
+    kernel: object, *tensors: torch.Tensor, options: tuple[float, ...], **meta: object
+) -> None:  # fmt: skip
     """Launch over tensors of the same sizes and strides, all dense, of which the last one is written."""
     out = tensors[-1]
     size, tile = out.numel(), tiles.ask("pointwise", lambda: (_POINTWISE,)) or _POINTWISE
     accumulate = torch.promote_types(out.dtype, torch.float32)
     launch.launch(
         kernel, tiles.cdiv(size, tile.n), *tensors, size, *options,
-        ACC=tiles.triton_dtype(accumulate), WIDE=launch.wide(elements=size), TILE=tile.n, num_warps=tile.warps, **meta,
+        ACC=tiles.triton_dtype(accumulate), WIDE=launch.wide(*tensors, elements=size), TILE=tile.n, num_warps=tile.warps, **meta,
     )  # fmt: skip
 
 
@@ -98,7 +122,7 @@ def pointwise_grad(
 ) -> None:
     """dx = f_grad(dy, saved).
 
-    Shape: all the same, any strides; quickest if dx is dense and the others have its strides.
+    Shape: all the same, any strides; quickest if dx is dense and the others have its strides, or dy is expanded.
     Dtype: floating, the same.
 
     Args:
@@ -106,7 +130,12 @@ def pointwise_grad(
     """
     function, options = epilogues.tile_function(activation, grad=True, of=of)
     dense = dx if is_dense(dx) else launch.empty_like(dx)
-    dy, saved = _laid_out_as(dense, dy), _laid_out_as(dense, saved)
-    _launch_flat(_pointwise_grad_kernel, dy, saved, dense, options=options, F_GRAD=function)
+    places = None if lie_alike(dy, dense) else _expanded(dy, dense)
+    if places is None:
+        dy = _laid_out_as(dense, dy)
+    _launch_flat(
+        _pointwise_grad_kernel, dy, _laid_out_as(dense, saved), dense,
+        options=(*(places or (1, 1, 0, 0, 0)), *options), F_GRAD=function, FLAT=places is None,
+    )  # fmt: skip
     if dense is not dx:
         dx.copy_(dense)

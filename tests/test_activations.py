@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import fastlayers
 import fastlayers.functional as F
 from fastlayers import nn
 from fastlayers.kernels.pointwise import pointwise, pointwise_grad
+from fastlayers.kernels.runtime import launch
 from fastlayers.ops.activation import RULES, Activation
 from fastlayers.testing import assert_within_budget
 
@@ -220,3 +222,31 @@ def test_what_autocast_widens_is_not_joined(device: torch.device) -> None:
     assert len(fastlayers.explain(layers, x).decisions) == 1
     with torch.autocast(device.type, torch.bfloat16):
         assert len(fastlayers.explain(layers, x).decisions) == 2
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_of_sums_and_means_are_not_copied(
+    last: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """torch expands them, and the kernel reads them as they are."""
+    run, read = launch.launch, []
+
+    def watch(kernel: Any, programs: int, dy: torch.Tensor, *args: Any, **meta: Any) -> None:
+        read.append(dy.data_ptr())
+        run(kernel, programs, dy, *args, **meta)
+
+    monkeypatch.setattr(launch, "launch", watch)
+    x = torch.randn(2, 6, 5, 4, device=device)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    for dims in ((0, 1, 2, 3), (2, 3), (0, 1), (1,), (3,), (0, 2, 3), (0, 3)):
+        shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
+        dy, dx = torch.randn(shape, device=device), torch.full_like(x, nan)
+        pointwise_grad(dy.expand_as(x), x, dx, Activation("silu"))
+        leaf = x.detach().requires_grad_()
+        TF.silu(leaf).backward(dy.expand_as(x))
+        torch.testing.assert_close(dx, leaf.grad)
+        four = dims == ((3,) if last else (1,)) or dims == (
+            0,
+            3,
+        )  # dimensions that don't merge, of which the kernel takes three
+        assert four or read[-1] == dy.data_ptr(), dims
