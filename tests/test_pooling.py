@@ -17,6 +17,7 @@ from contract import exactly_same, same
 import fastlayers
 import fastlayers.functional as FL
 from fastlayers.kernels.pooling.positions import coordinates
+from fastlayers.kernels.runtime import launch
 from fastlayers.kernels.runtime.tiles import Tile, force
 from fastlayers.testing import assert_within_budget
 
@@ -57,6 +58,76 @@ def test_which_of_equal_pixels_is_the_maximum(channels_last: bool, device: torch
 
 def test_windows_of_more_pixels_than_a_byte_counts(device: torch.device) -> None:
     same(*both("max_pool1d", torch.randn(1, 2, 520, device=device), 257, return_indices=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_maximum_of_a_window_that_threads_share(
+    channels_last: bool, launched: list[str], device: torch.device
+) -> None:
+    """Its rules are those of smaller windows: the first of equal pixels, the last NaN, the first pixel where all are -inf."""
+    x = torch.randint(-3, 3, (2, 5, 20, 18), device=device).float()
+    x[0, 0, 3, 4] = x[0, 0, 15, 2] = x[0, 1, 19, 17] = float("nan")
+    x[1, 0] = x[1, 1, :9] = x[0, 2, 4:] = float("-inf")
+    x[1, 2] = float("nan")
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    with force(pool_large=Tile(16, 32)):
+        for options in (
+            dict(kernel_size=(20, 18)),
+            dict(kernel_size=(7, 6), stride=4, padding=(3, 1)),
+            dict(kernel_size=6, stride=(9, 2), padding=3, dilation=3),
+            dict(kernel_size=(9, 5), stride=5, padding=2, ceil_mode=True),
+        ):
+            exactly_same(*(found[:2] for found in both("max_pool2d", x, **options, return_indices=True)))
+            same(*both("max_pool2d", x, **options))
+        for size in (1, (2, 3), (3, 1)):
+            exactly_same(*(found[:2] for found in both("adaptive_max_pool2d", x, size, return_indices=True)))
+            same(*both("adaptive_max_pool2d", x, size))
+    assert "_max_pool_large_kernel" in launched
+
+
+def test_folding_windows_of_any_sizes(device: torch.device) -> None:
+    """A pixel adds up those windows that hold it, however far they are apart."""
+    for kernel, dilation, padding, stride in (
+        (7, 1, 2, 4),
+        ((5, 4), 1, 1, (2, 5)),
+        (3, (2, 3), 2, (3, 2)),
+        (2, 4, 3, 2),
+    ):
+        x = torch.randn(2, 3, 15, 13, device=device)
+        same(*both("unfold", x, kernel, dilation, padding, stride))
+        columns = F.unfold(x, kernel, dilation, padding, stride)
+        same(*both("fold", torch.randn_like(columns), (15, 13), kernel, dilation, padding, stride))
+
+
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+def test_numbers_that_32_bits_do_not_hold_are_torchs_error(name: str, device: torch.device) -> None:
+    x = torch.randn(1, 2, 5, 5, device=device)
+    for stride in (2**31, 2**40):
+        for space in (F, FL):
+            with pytest.raises(RuntimeError, match="overflow"):
+                getattr(space, name)(x, 1, stride)
+
+
+def test_windows_dilated_along_all_dimensions(device: torch.device) -> None:
+    same(*both("max_pool3d", torch.randn(1, 2, 7, 6, 8, device=device), (2, 3, 2), 2, 1, 2, return_indices=True))
+
+
+@pytest.mark.parametrize("name", ["adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d"])
+def test_no_kernel_for_each_size_of_images_that_are_pooled_whole(
+    name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """What the kernels of both directions are compiled for doesn't depend on the image."""
+    run, compiled = launch.launch, []
+
+    def watch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+        compiled.append((launch.name_of(kernel), meta))
+        run(kernel, programs, *args, **meta)
+
+    monkeypatch.setattr(launch, "launch", watch)
+    for size in ((9, 11), (9, 23)):
+        same(*both(name, torch.randn(1, 2, *size, device=device), 1 if "adaptive" in name else size))
+    assert len(compiled) == 4
+    assert compiled[:2] == compiled[2:]
 
 
 @pytest.mark.parametrize("name", ["adaptive_avg_pool1d", "adaptive_max_pool1d"])
@@ -136,6 +207,24 @@ def test_resampling_by_any_sizes_and_factors(mode: str, device: torch.device) ->
         x = x.to(memory_format=torch.channels_last) if dims == 2 and choose.random() < 0.5 else x
         mine, others = both("interpolate", x, **options)
         torch.testing.assert_close(mine, others, rtol=1e-5, atol=1e-5, msg=f"{tuple(x.shape)} {options}")
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("mode", ["linear", "bilinear", "trilinear"])
+def test_resampling_to_the_same_size_is_a_copy(mode: str, align_corners: bool, device: torch.device) -> None:
+    """As torch's is on a GPU: a weight of 0 makes NaN of no infinity."""
+    image = {"linear": (5,), "bilinear": (4, 5), "trilinear": (3, 1, 4)}[mode]
+    x = torch.randn(2, 3, *image, device=device)
+    same(*both("interpolate", x, size=image, mode=mode, align_corners=align_corners))
+    x[0, 0, ..., 2] = float("inf")
+    assert torch.equal(FL.interpolate(x, size=image, mode=mode, align_corners=align_corners), x)
+
+
+def test_a_factor_that_is_no_number_is_torchs_error(device: torch.device) -> None:
+    for factor in (float("inf"), float("nan"), (2.0, float("inf"))):
+        for space in (F, FL):
+            with pytest.raises(RuntimeError, match="overflow"):
+                space.interpolate(torch.randn(1, 1, 3, 3, device=device), scale_factor=factor)
 
 
 @pytest.mark.parametrize("name", ["upsample", "upsample_nearest", "upsample_bilinear"])

@@ -61,6 +61,7 @@ ROWS = (
             plain=case(lambda nn: nn.MaxPool2d(3, 2, padding=1), (2, 3, 7, 6)),
             indices=case(lambda nn: nn.MaxPool2d((2, 3), 3, dilation=(2, 1), return_indices=True), (5, 6, 7)),
             ceil=case(lambda nn: nn.MaxPool2d(3, 2, ceil_mode=True), (1, 2, 6, 6)),
+            large=case(lambda nn: nn.MaxPool2d(6, 4, padding=3, dilation=2, return_indices=True), (1, 2, 14, 13)),
         ),
     ),
     Row(
@@ -71,7 +72,10 @@ ROWS = (
         function="max_pool3d",
         functions=("max_pool3d_with_indices",),
         speeds={"C3D, 8 clips": case(lambda nn: nn.MaxPool3d(2), (8, 128, 16, 56, 56))},
-        cases=dict(plain=case(lambda nn: nn.MaxPool3d(2, padding=1), (1, 2, 3, 4, 5))),
+        cases=dict(
+            plain=case(lambda nn: nn.MaxPool3d(2, padding=1), (1, 2, 3, 4, 5)),
+            dilated=case(lambda nn: nn.MaxPool3d(2, 1, dilation=(2, 2, 3)), (1, 2, 3, 4, 5)),
+        ),
     ),
     Row(
         "AvgPool1d",
@@ -169,6 +173,8 @@ ROWS = (
         },
         cases=dict(
             plain=case(lambda nn: nn.AdaptiveMaxPool2d((3, 4)), (2, 3, 5, 9)),
+            one=case(lambda nn: nn.AdaptiveMaxPool2d(1, return_indices=True), (2, 3, 7, 6)),
+            last=case(lambda nn: nn.AdaptiveMaxPool2d(1), Floats((2, 20, 7, 6), True)),
             indices=case(lambda nn: nn.AdaptiveMaxPool2d((2, None), return_indices=True), (2, 3, 6, 4)),
         ),
     ),

@@ -10,9 +10,9 @@ import torch
 from .. import _kernels
 from .. import _torch_functional as F
 from ..dispatch.support import BadInput
-from ..kernels.pooling.windows import Windows, triple
+from ..kernels.pooling.windows import Windows, number_of_windows, triple
 from ..values import Named, Needs, Out
-from .pooling import Pool, Size, Strided, laid_out, number_of_windows, output_size_of, sizes_of, volumes
+from .pooling import Pool, Size, Strided, laid_out, output_size_of, sizes_of, volumes
 
 if TYPE_CHECKING or _kernels.MISSING is None:
     from ..kernels.pooling import average

@@ -11,16 +11,41 @@ import torch
 from .. import _kernels
 from .. import _torch_functional as F
 from ..dispatch.support import BadInput
-from ..kernels.fold.windows import Pair, Windows
+from ..kernels.pooling.windows import Windows, number_of_windows, triple
 from ..operation import Operation
 from ..values import Named, Needs, Out
 
 if TYPE_CHECKING or _kernels.MISSING is None:
-    from ..kernels.fold import fold as kernels
+    from ..kernels.pooling import fold as kernels
 
 __all__ = ["fold", "unfold"]
 
 Size = int | Sequence[int]
+Pair = tuple[int, int]
+
+
+class _Sizes(NamedTuple):
+    """What says which pixels of an image are in which window, in torch's order."""
+
+    kernel: Pair
+    dilation: Pair
+    padding: Pair
+    stride: Pair
+
+    def exist(self) -> bool:
+        """Whether the numbers are such that there may be windows, and 32 bits hold them."""
+        sizes = (*self.kernel, *self.dilation, *self.stride)
+        return min(sizes) >= 1 and min(self.padding) >= 0 and max(*sizes, *self.padding) < 2**31
+
+    def counts(self, image: Sequence[int]) -> tuple[int, ...]:
+        """How many windows there are along each dimension of an image."""
+        return number_of_windows(image, self.kernel, self.stride, self.padding, self.dilation)
+
+    def windows(self) -> Windows:
+        """As the kernels take them."""
+        return Windows(
+            triple(self.kernel, 1), triple(self.stride, 1), triple(self.padding, 0), triple(self.dilation, 1)
+        )
 
 
 def _batch(x: torch.Tensor, dims: int) -> torch.Tensor:
@@ -44,26 +69,26 @@ class Unfold(Operation):
         return F.unfold(input, *options)
 
     def unsupported(self, t: Any, options: Any) -> str | None:
-        x, windows = t.input, Windows(*options)
-        if x.dim() not in (3, 4) or 0 in x.shape[-3:] or not windows.exist():
+        x, sizes = t.input, _Sizes(*options)
+        if x.dim() not in (3, 4) or 0 in x.shape[-3:] or not sizes.exist():
             return BadInput(f"{tuple(options)} for an input {tuple(x.shape)}")
-        if min(windows.counts(x.shape[-2:])) < 1:
+        if min(sizes.counts(x.shape[-2:])) < 1:
             return BadInput(f"an input {tuple(x.shape)} smaller than a window")
         return None
 
     def outputs(self, t: Any, options: Any, needs: Needs | None) -> dict[str, Out | str]:
         *batch, c, h, w = t.input.shape
-        windows = math.prod(Windows(*options).counts((h, w)))
+        windows = math.prod(_Sizes(*options).counts((h, w)))
         return {"output": Out((*batch, c * math.prod(options.kernel_size), windows), t.input.dtype)}
 
     def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
-        kernels.unfold(_batch(t.input, 4), _batch(out.output, 3), Windows(*options))
+        kernels.unfold(_batch(t.input, 4), _batch(out.output, 3), _Sizes(*options).windows())
 
     def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
         return ()
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Any, precision: str) -> None:
-        kernels.fold(_batch(dy.output, 3), _batch(grads.input, 4), Windows(*options))
+        kernels.fold(_batch(dy.output, 3), _batch(grads.input, 4), _Sizes(*options).windows())
 
 
 class Fold(Operation):
@@ -83,11 +108,11 @@ class Fold(Operation):
         return F.fold(input, *options)
 
     def unsupported(self, t: Any, options: Any) -> str | None:
-        x, image, windows = t.input, options.output_size, Windows(*options[1:])
-        wrong = x.dim() not in (2, 3) or 0 in x.shape[-2:] or min(image) < 1 or not windows.exist()
+        x, image, sizes = t.input, options.output_size, _Sizes(*options[1:])
+        wrong = x.dim() not in (2, 3) or 0 in x.shape[-2:] or min(image) < 1 or not sizes.exist()
         if wrong or x.shape[-2] % math.prod(options.kernel_size):
             return BadInput(f"{tuple(options)} for an input {tuple(x.shape)}")
-        counts = windows.counts(image)
+        counts = sizes.counts(image)
         if min(counts) < 1 or math.prod(counts) != x.shape[-1]:
             return BadInput(f"{x.shape[-1]} windows for an image {image} of {counts}")
         return None
@@ -97,13 +122,13 @@ class Fold(Operation):
         return {"output": Out((*batch, rows // math.prod(options.kernel_size), *options.output_size), t.input.dtype)}
 
     def forward(self, t: Any, out: Named, options: Any, precision: str) -> None:
-        kernels.fold(_batch(t.input, 3), _batch(out.output, 4), Windows(*options[1:]))
+        kernels.fold(_batch(t.input, 3), _batch(out.output, 4), _Sizes(*options[1:]).windows())
 
     def saves(self, t: Any, options: Any, needs: Needs) -> tuple[str, ...]:
         return ()
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Any, precision: str) -> None:
-        kernels.unfold(_batch(dy.output, 4), _batch(grads.input, 3), Windows(*options[1:]))
+        kernels.unfold(_batch(dy.output, 4), _batch(grads.input, 3), _Sizes(*options[1:]).windows())
 
 
 _fold, _unfold = Fold(), Unfold()

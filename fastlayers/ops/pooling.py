@@ -15,7 +15,7 @@ from .. import _kernels
 from .. import _torch_functional as F
 from .._kernels import is_plain
 from ..dispatch.support import BadInput
-from ..kernels.pooling.windows import Windows, triple
+from ..kernels.pooling.windows import Windows, number_of_windows, triple
 from ..operation import Operation
 from ..values import Named, Needs, Out, Tensors, image_strides, is_channels_last
 
@@ -102,24 +102,13 @@ class Pool(Operation):
         return ()
 
 
-def number_of_windows(
-    image: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-) -> tuple[int, ...]:
-    """How many windows there are along each dimension: in ceil_mode also a last one that isn't whole, if it begins within the
-    image or the padding before it."""
-    found = []
-    for n, k, s, p, d in zip(image, kernel, stride, padding, dilation, strict=True):
-        o = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1
-        found.append(o - 1 if ceil_mode and (o - 1) * s >= n + p else o)
-    return tuple(found)
-
-
 class Strided(Pool):
     """Windows at equal distances."""
 
     def unsupported_windows(self, x: Any, options: Any, dilation: Any) -> str | None:
         kernel, stride, padding = options.kernel_size, options.stride, options.padding
-        if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
+        sizes = (*kernel, *stride, *dilation)
+        if min(sizes) < 1 or max(sizes) >= 2**31 or min(padding) < 0:
             return BadInput(f"kernel_size {kernel}, stride {stride}, padding {padding}, dilation {dilation}")
         if any([2 * p > d * (k - 1) + 1 for p, k, d in zip(padding, kernel, dilation, strict=True)]):
             return BadInput(f"a padding {padding} of more than half of the kernel")

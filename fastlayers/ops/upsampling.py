@@ -3,6 +3,7 @@ alone."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,8 +118,9 @@ class Interpolate(Operation):
         return tuple(found)  # type: ignore[return-value]
 
     def _how(self, image: Sequence[int], options: Options) -> dict[str, Any]:
-        """The launchers' arguments."""
-        linear = options.mode in _LINEAR
+        """The launchers' arguments. To its own size, an image is copied, as torch does on GPUs: a neighbour's weight of 0 would
+        make NaN of an infinity."""
+        linear = options.mode in _LINEAR and self._sizes(image, options) != tuple(image)
         centred = not options.align_corners if linear else options.mode == "nearest-exact"
         scales = self._scales(image, options)
         return dict(scales=scales, dims=len(image), linear=linear, centred=centred)
@@ -160,11 +162,14 @@ def _numbers(value: Any, *kinds: type) -> Any:
 
 
 def _floats(value: Any) -> Any:
-    """A factor, or a tuple of them, as floats."""
+    """A finite factor, or a tuple of them, as floats."""
     found = _numbers(value, float, int)
-    if isinstance(found, tuple):
-        return tuple([float(n) for n in found])
-    return float(found) if type(found) is int else found
+    if found is None or found is NotImplemented:
+        return found
+    floats = tuple([float(n) for n in _each(found, 1)])
+    if not all([math.isfinite(n) for n in floats]):
+        return NotImplemented
+    return floats if isinstance(found, tuple) else floats[0]
 
 
 def interpolate(

@@ -12,16 +12,20 @@ import triton
 import triton.language as tl
 
 from ..runtime import launch, tiles
-from ..runtime.tiles import Tile
-from .positions import coordinates, holder, merged, pick, programs, tile_of, window
-from .windows import Windows, unrolled
-
-_LARGE = 32
-"""From so many pixels on a window is shared among threads."""
-_MEAN = {64: Tile(16, 64, warps=4), 512: Tile(2, 512, warps=4), 2048: Tile(1, 2048, warps=4)}
-"""m windows, n pixels at a time, by the most pixels for which it is taken; the last one for all beyond."""
-_MEAN_LAST = Tile(32, 64, warps=4)
-"""m windows of adjacent channels, n pixels at a time, in channels_last."""
+from .positions import (
+    coordinates,
+    holder,
+    large_tile,
+    merged,
+    pick,
+    pixels_of,
+    programs,
+    rows,
+    tile_of,
+    window,
+    windows_of,
+)
+from .windows import LARGE, Windows, unrolled
 
 
 @triton.jit
@@ -91,22 +95,11 @@ def _avg_pool_kernel(
 def _avg_pool_large_kernel(
     x_ptr, y_ptr, WINDOWS, C, D, H, W, OD, OH, OW,
     x_n, x_c, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w, pad_d, pad_h, pad_w, K_D, K_H, K_W, S_D, S_H, S_W,
-    LAST: tl.constexpr, ADAPTIVE: tl.constexpr, PADDED: tl.constexpr, DIVISOR: tl.constexpr,
+    LAST: tl.constexpr, ROW: tl.constexpr, ADAPTIVE: tl.constexpr, PADDED: tl.constexpr, DIVISOR: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_M windows, TILE_K pixels of each at a time. With LAST, the windows of a place's channels follow each
-    other, otherwise those of a channel."""
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    m = pid * TILE_M + tl.arange(0, TILE_M)
-    m_inside = m < WINDOWS
-    if LAST:
-        c = m % C
-        n, od, oh, ow = coordinates(m // C, OD, OH, OW)
-    else:
-        nc, od, oh, ow = coordinates(m, OD, OH, OW)
-        n, c = nc // C, nc % C
+    """One program: TILE_M windows, TILE_K pixels of each at a time."""
+    n, c, od, oh, ow, m_inside = windows_of(WINDOWS, C, OD, OH, OW, LAST, WIDE, TILE_M)
     d_begin, d_end = window(od, D, OD, K_D, S_D, 1, pad_d, ADAPTIVE)
     h_begin, h_end = window(oh, H, OH, K_H, S_H, 1, pad_h, ADAPTIVE)
     w_begin, w_end = window(ow, W, OW, K_W, S_W, 1, pad_w, ADAPTIVE)
@@ -114,12 +107,10 @@ def _avg_pool_large_kernel(
     total = tl.zeros((TILE_M, TILE_K), ACC)
     for start in range(0, K_D * K_H * K_W, TILE_K):
         k = start + tl.arange(0, TILE_K)
-        d = d_begin[:, None] + (k // (K_W * K_H))[None, :]
-        h = h_begin[:, None] + (k // K_W % K_H)[None, :]
-        w = w_begin[:, None] + (k % K_W)[None, :]
-        inside = m_inside[:, None] & (d >= 0) & (h >= 0) & (w >= 0)
-        inside &= (d < d_end[:, None]) & (h < h_end[:, None]) & (w < w_end[:, None])
-        total += tl.load(x_ptr[:, None] + (d * x_d + h * x_h + w * x_w), mask=inside, other=0.0).to(ACC)
+        offsets, inside = pixels_of(
+            k, d_begin, h_begin, w_begin, d_end, h_end, w_end, K_H, K_W, 1, 1, 1, x_d, x_h, x_w, ROW
+        )  # fmt: skip
+        total += tl.load(x_ptr[:, None] + offsets, mask=m_inside[:, None] & inside, other=0.0).to(ACC)
 
     count = _count(d_begin, d_end, K_D, D, pad_d, PADDED, ADAPTIVE)
     count *= _count(h_begin, h_end, K_H, H, pad_h, PADDED, ADAPTIVE)
@@ -139,53 +130,51 @@ def _share(dy_ptr, offsets, mask, count, DIVISOR: tl.constexpr, ALIKE: tl.conste
 @triton.jit
 def _avg_pool_grad_kernel(
     dy_ptr, dx_ptr, POSITIONS, C, D, H, W, OD, OH, OW,
-    dy_n, dy_c, dy_d, dy_h, dy_w, dx_n, dx_c, dx_d, dx_h, dx_w, pad_d, pad_h, pad_w,
-    K_D: tl.constexpr, K_H: tl.constexpr, K_W: tl.constexpr, S_D: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr,
+    dy_n, dy_c, dy_d, dy_h, dy_w, dx_n, dx_c, dx_d, dx_h, dx_w, pad_d, pad_h, pad_w, K_D, K_H, K_W,
+    KERNEL: tl.constexpr, S_D: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr,
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, ADAPTIVE: tl.constexpr,
     HOLDERS_D: tl.constexpr, HOLDERS_H: tl.constexpr, HOLDERS_W: tl.constexpr,
     PADDED: tl.constexpr, DIVISOR: tl.constexpr, ALIKE: tl.constexpr,
     UNROLLED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_M pixels of dx by TILE_N channels, each from the windows that may hold it."""
+    """One program: TILE_M pixels of dx by TILE_N channels, each from the windows that may hold it. KERNEL: the windows' sizes, if
+    it is compiled for them."""
+    SIZE_D = K_D if KERNEL is None else KERNEL[0]
+    SIZE_H = K_H if KERNEL is None else KERNEL[1]
+    SIZE_W = K_W if KERNEL is None else KERNEL[2]
     m, c, m_inside, c_inside = tile_of(POSITIONS, C, WIDE, TILE_M, TILE_N)
     n, d, h, w = coordinates(m, D, H, W)
     dy_ptr += (n * dy_n)[:, None] + (c * dy_c)[None, :]
     total = tl.zeros((TILE_M, TILE_N), ACC)
     for i in range(HOLDERS_D):
-        od, _, d_held = holder(d, i, D, OD, K_D, S_D, 1, pad_d, ADAPTIVE)
-        d_begin, d_end = window(od, D, OD, K_D, S_D, 1, pad_d, ADAPTIVE)
-        d_count = _count(d_begin, d_end, K_D, D, pad_d, PADDED, ADAPTIVE)
+        od, _, d_held = holder(d, i, D, OD, SIZE_D, S_D, 1, pad_d, ADAPTIVE)
+        d_begin, d_end = window(od, D, OD, SIZE_D, S_D, 1, pad_d, ADAPTIVE)
+        d_count = _count(d_begin, d_end, SIZE_D, D, pad_d, PADDED, ADAPTIVE)
         for j in range(HOLDERS_H):
-            oh, _, h_held = holder(h, j, H, OH, K_H, S_H, 1, pad_h, ADAPTIVE)
-            h_begin, h_end = window(oh, H, OH, K_H, S_H, 1, pad_h, ADAPTIVE)
-            plane = d_count * _count(h_begin, h_end, K_H, H, pad_h, PADDED, ADAPTIVE)
+            oh, _, h_held = holder(h, j, H, OH, SIZE_H, S_H, 1, pad_h, ADAPTIVE)
+            h_begin, h_end = window(oh, H, OH, SIZE_H, S_H, 1, pad_h, ADAPTIVE)
+            plane = d_count * _count(h_begin, h_end, SIZE_H, H, pad_h, PADDED, ADAPTIVE)
             held = m_inside & d_held & h_held
             row = od * dy_d + oh * dy_h
             if UNROLLED:
                 for k in tl.static_range(HOLDERS_W):
-                    ow, _, w_held = holder(w, k, W, OW, K_W, S_W, 1, pad_w, ADAPTIVE)
-                    w_begin, w_end = window(ow, W, OW, K_W, S_W, 1, pad_w, ADAPTIVE)
-                    count = plane * _count(w_begin, w_end, K_W, W, pad_w, PADDED, ADAPTIVE)
+                    ow, _, w_held = holder(w, k, W, OW, SIZE_W, S_W, 1, pad_w, ADAPTIVE)
+                    w_begin, w_end = window(ow, W, OW, SIZE_W, S_W, 1, pad_w, ADAPTIVE)
+                    count = plane * _count(w_begin, w_end, SIZE_W, W, pad_w, PADDED, ADAPTIVE)
                     mask = (held & w_held)[:, None] & c_inside[None, :]
                     total += _share(dy_ptr, (row + ow * dy_w)[:, None], mask, count, DIVISOR, ALIKE, ACC)
             else:
                 for k in range(HOLDERS_W):
-                    ow, _, w_held = holder(w, k, W, OW, K_W, S_W, 1, pad_w, ADAPTIVE)
-                    w_begin, w_end = window(ow, W, OW, K_W, S_W, 1, pad_w, ADAPTIVE)
-                    count = plane * _count(w_begin, w_end, K_W, W, pad_w, PADDED, ADAPTIVE)
+                    ow, _, w_held = holder(w, k, W, OW, SIZE_W, S_W, 1, pad_w, ADAPTIVE)
+                    w_begin, w_end = window(ow, W, OW, SIZE_W, S_W, 1, pad_w, ADAPTIVE)
+                    count = plane * _count(w_begin, w_end, SIZE_W, W, pad_w, PADDED, ADAPTIVE)
                     mask = (held & w_held)[:, None] & c_inside[None, :]
                     total += _share(dy_ptr, (row + ow * dy_w)[:, None], mask, count, DIVISOR, ALIKE, ACC)
 
     if ALIKE:
-        total = total / (K_D * K_H * K_W if DIVISOR is None else DIVISOR)
+        total = total / (SIZE_D * SIZE_H * SIZE_W if DIVISOR is None else DIVISOR)
     offsets = (n * dx_n + d * dx_d + h * dx_h + w * dx_w)[:, None] + (c * dx_c)[None, :]
     tl.store(dx_ptr + offsets, total.to(dx_ptr.dtype.element_ty), mask=m_inside[:, None] & c_inside[None, :])
-
-
-def _large_tile(taps: int, last: bool) -> Tile:
-    """The tile of windows of so many pixels, in channels_last or not."""
-    tile = _MEAN_LAST if last else next((tile for most, tile in _MEAN.items() if taps <= most), _MEAN[2048])
-    return tiles.ask("avg_pool_large", lambda: (tile,)) or tile
 
 
 def _alike(windows: Windows, image: torch.Size, outputs: torch.Size, padded: bool, divisor: int | None) -> bool:
@@ -196,19 +185,6 @@ def _alike(windows: Windows, image: torch.Size, outputs: torch.Size, padded: boo
     return divisor is not None or all(
         [(padded or p == 0) and (o - 1) * s - p + k <= n + (p if padded else 0) for k, s, p, n, o in each]
     )
-
-
-def _rows(x: torch.Tensor, windows: Windows) -> tuple[torch.Tensor, Windows]:
-    """A volume whose only window is all of it, as one row of pixels if its strides allow that."""
-    _, _, d, h, w = x.shape
-    whole = windows.kernel == (d, h, w) and windows.padding == (0, 0, 0) and not windows.adaptive
-    flat = (h == 1 or x.stride(3) == w * x.stride(4)) and (d == 1 or x.stride(2) == h * w * x.stride(4))
-    if not (whole and flat):
-        return x, windows
-    size = d * h * w
-    step = x.stride(4) if w > 1 else x.stride(3) if h > 1 else x.stride(2)
-    row = x.as_strided((*x.shape[:2], 1, 1, size), (*x.stride()[:2], size * step, size * step, step))
-    return row, Windows((1, 1, size), (1, 1, size))
 
 
 def avg_pool(
@@ -226,15 +202,16 @@ def avg_pool(
     outputs = y.shape[2:]
     wide = launch.wide(x, y) or windows.wide(x.shape[2:], outputs)
     meta = dict(PADDED=padded, DIVISOR=divisor, ACC=accumulate, WIDE=wide)
-    if windows.taps >= _LARGE:
-        x, windows = _rows(x, windows)
+    if windows.taps >= LARGE:
+        x, windows = rows(x, windows)
         last = x.stride(1) == 1 and x.shape[1] > 1
-        tile = _large_tile(windows.taps, last)
+        tile = large_tile(windows.taps, last)
         launch.launch(
             _avg_pool_large_kernel, tiles.cdiv(y.numel(), tile.m),
             x, y, y.numel(), *x.shape[1:], *outputs, *x.stride(), *y.stride(),
             *windows.padding, *windows.kernel, *windows.stride,
-            **meta, LAST=last, ADAPTIVE=windows.adaptive, TILE_M=tile.m, TILE_K=tile.n, num_warps=tile.warps,
+            **meta, LAST=last, ROW=windows.kernel[:2] == (1, 1), ADAPTIVE=windows.adaptive,
+            TILE_M=tile.m, TILE_K=tile.n, num_warps=tile.warps,
         )  # fmt: skip
         return
     x, y = merged(x, y)  # type: ignore[assignment]
@@ -262,13 +239,11 @@ def avg_pool_grad(
     dy, dx = merged(dy, dx)  # type: ignore[assignment]
     n, c, *image = dx.shape
     outputs, tile = dy.shape[2:], pick(dx)
-    holders = windows.holders(image, outputs)
     launch.launch(
         _avg_pool_grad_kernel, programs(dx, tile),
-        dy, dx, n * math.prod(image), c, *image, *outputs, *dy.stride(), *dx.stride(), *windows.padding,
-        **windows.constexprs(), HOLDERS_D=holders[0], HOLDERS_H=holders[1], HOLDERS_W=holders[2],
+        dy, dx, n * math.prod(image), c, *image, *outputs, *dy.stride(), *dx.stride(), *windows.padding, *windows.kernel,
+        **windows.gathering(image, outputs),
         PADDED=padded, DIVISOR=divisor, ALIKE=_alike(windows, dx.shape[2:], outputs, padded, divisor),
-        UNROLLED=unrolled(holders[2]),
         ACC=tiles.triton_dtype(torch.promote_types(dx.dtype, torch.float32)),
         WIDE=launch.wide(dy, dx) or windows.wide(image, outputs),
         TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
