@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import activations
 from .pointwise import is_dense, lie_alike
-from .reduce import sum_partials
+from .reduce import in_lanes, sum_partials
 from .runtime import launch, tiles
 from .runtime.tiles import Tile
 
@@ -170,12 +170,13 @@ def _prelu_grad_of_channels(
     tall = x.stride(1) == 1 and x.stride(2) != 1
     tile = tiles.ask("gated_channels", lambda: (_CHANNELS[tall],)) or _CHANNELS[tall]
     tiles_m = tiles.cdiv(batch * m, tile.m)
+    tiles_m = tiles_m if dw is None else in_lanes(tiles_m)
     partials = None if dw is None else launch.empty((tiles_m, n), dtype=accumulate, device=x.device)
     strides = (0, 0, 0) if written is None else written.stride()
     launch.launch(
         _prelu_channels_grad_kernel, tiles_m * tiles.cdiv(n, tile.n),
         dy, x, weight, written, partials, batch * m, m, n, *dy.stride(), *x.stride(), *strides,
-        ACC=tiles.triton_dtype(accumulate), WIDE=x.numel() >= 2**31 or launch.wide(dy, x, written),
+        ACC=tiles.triton_dtype(accumulate), WIDE=tiles_m * tile.m * n >= 2**31 or launch.wide(dy, x, written),
         TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     if copied and dx is not None and written is not None:

@@ -13,6 +13,9 @@ from .runtime.tiles import Tile
 
 _SUM_PARTIALS = (Tile(4, 512, warps=4), Tile(32, 64, warps=4))
 """m partials, n elements. The second tile is for more than 32 partials."""
+_MANY, _LANES = 512, 128
+"""Of more partials than this, so many sums are added up first. A program adds up all partials of its elements one tile after the
+other, and few elements make few programs: a bias of 64 channels, for instance, a single one."""
 _ACTIVATION_GRAD = (Tile(32, 128, warps=4), Tile(128, 32, warps=4))
 """m rows, n columns. The first tile is for contiguous rows, the second for contiguous columns."""
 _ACTIVATION_GRAD_HEAVY = (Tile(16, 128, warps=4), Tile(128, 16, warps=4))
@@ -57,6 +60,11 @@ def _sum_partials_kernel(
     tl.store(out_ptr + (m * out_m + n * out_n), total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def in_lanes(count: int) -> int:
+    """The number of partials to write for so many: more, by zeros, where `sum_partials` can then share them out."""
+    return count if count <= _MANY else tiles.cdiv(count, _LANES) * _LANES
+
+
 def sum_partials(
     partials: torch.Tensor,
     out: torch.Tensor,
@@ -78,6 +86,10 @@ def sum_partials(
     """
     s, n = partials.shape[0], partials.shape[-1]
     m = partials.shape[1] if partials.dim() == 3 else 1
+    if s > _MANY and s % _LANES == 0:
+        sums = launch.empty((_LANES, m * n), dtype=partials.dtype, device=partials.device)
+        sum_partials(partials.view(s // _LANES, sums.numel()), sums.view(sums.numel()))
+        partials, s = sums, _LANES
     out_m, out_n = out.stride() if out.dim() == 2 else (0, out.stride(0))
     undone, other = undo if undo is not None else (None, add)
     forward, options = epilogues.tile_function(then)
@@ -154,6 +166,7 @@ def activation_grad(
         picked = _ACTIVATION_GRAD_HEAVY[tall]
     tile = tiles.ask("activation_grad", lambda: (picked,)) or picked
     tiles_m = tiles.cdiv(batch * m, tile.m)
+    tiles_m = tiles_m if sums is None else in_lanes(tiles_m)
     partials = None if sums is None else launch.empty((tiles_m, n), dtype=accumulate, device=dy.device)
     strides = [(0, 0, 0) if tensor is None else tensor.stride() for tensor in (saved, dz)]
     function, options = epilogues.tile_function(activation, grad=True)
@@ -161,7 +174,7 @@ def activation_grad(
         _activation_grad_kernel, tiles_m * tiles.cdiv(n, tile.n),
         dy, saved, dz, partials, batch * m, m, n, *dy.stride(), *strides[0], *strides[1], *options,
         UNDO=function, ACC=tiles.triton_dtype(accumulate),
-        WIDE=dy.numel() >= 2**31 or launch.wide(dy, saved, dz),
+        WIDE=tiles_m * tile.m * n >= 2**31 or launch.wide(dy, saved, dz),
         TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     if partials is not None and sums is not None:

@@ -122,6 +122,15 @@ def test_a_gradient_with_its_sums(device: torch.device) -> None:
         activation_grad(dy, None, None, None, None)
 
 
+def test_many_partial_sums_are_shared_among_programs(launched: list[str], device: torch.device) -> None:
+    """Else a bias of few channels is added up by one program, tile after tile."""
+    dy, sums = torch.randn(1, 2100, 3, device=device), torch.full((3,), nan, device=device)
+    with tiles.force(activation_grad=Tile(4, 4)):
+        activation_grad(dy, None, None, None, sums)
+    torch.testing.assert_close(sums.double(), dy.double().sum((0, 1)), rtol=1e-5, atol=1e-4)
+    assert launched == ["_activation_grad_kernel", "_sum_partials_kernel", "_sum_partials_kernel"]
+
+
 def test_results_of_any_strides(device: torch.device) -> None:
     """In place, into slices, from expanded gradients; nothing is written beside a slice."""
     for x, out in (
