@@ -123,6 +123,15 @@ class Linear(Operation):
             names += [name for name in (f"z{i}", "output" if i == last else f"h{i}") if name in kept]
         return tuple(names)
 
+    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
+        """A weight's gradient lies as the weight does, which may be the transpose of the parameter: then autograd keeps it as the
+        parameter's without a copy."""
+        turned = [w is not None and w.stride() == (1, w.shape[0]) for w in (None, *like.params)]
+        found = super().gradients(like, options, needs)
+        return tuple(
+            [o._replace(strides=(1, o.shape[0])) if o and t else o for o, t in zip(found, turned, strict=True)]
+        )
+
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         flows, last = _flows([g is not None for g in (grads.input, *grads.params)]), len(options.activations) - 1
 
