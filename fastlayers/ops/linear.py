@@ -124,13 +124,13 @@ class Linear(Operation):
         return tuple(names)
 
     def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
-        """A weight's gradient lies as the weight does, which may be the transpose of the parameter: then autograd keeps it as the
-        parameter's without a copy."""
-        turned = [w is not None and w.stride() == (1, w.shape[0]) for w in (None, *like.params)]
-        found = super().gradients(like, options, needs)
-        return tuple(
-            [o._replace(strides=(1, o.shape[0])) if o and t else o for o, t in zip(found, turned, strict=True)]
-        )
+        """A weight's gradient lies as the weight does, which may be a transposed view: then autograd keeps it as the parameter's
+        without a copy."""
+        found: list[Any] = [*super().gradients(like, options, needs)]
+        for i, w in enumerate(like.params, 1):
+            if found[i] is not None and w.stride() == (1, w.shape[0]):
+                found[i] = Out(w.shape, w.dtype, w.stride())
+        return tuple(found)
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         flows, last = _flows([g is not None for g in (grads.input, *grads.params)]), len(options.activations) - 1
