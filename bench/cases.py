@@ -89,6 +89,7 @@ def _matmul_calls(dtype: torch.dtype, precision: str, rows: int = 0, columns: in
     weight_grad = functools.partial(product, t(m, n).T, t(m, k))
     yield "weight grad", kernel, weight_grad
     yield "weight grad, bias grad", kernel, functools.partial(weight_grad, operand_sums=t(n))
+    yield "weight grad, bias grad, turned", kernel, functools.partial(weight_grad, operand_sums=t(n), out=t(k, n).T)
 
 
 def _descriptor_cases(target: str) -> Iterator[Case]:
@@ -100,9 +101,9 @@ def _descriptor_cases(target: str) -> Iterator[Case]:
             if not product.transposed:
                 directions += ["input grad, undo, sums", "input grad, undo gelu, sums"]
             if not (product.transposed or product.programs):
-                directions += ["input grad", "weight grad", "weight grad, bias grad"]
+                directions += ["input grad", "weight grad", "weight grad, bias grad", "weight grad, bias grad, turned"]
             if product.splits > 1:
-                directions = ["forward", "input grad", "weight grad, bias grad"]
+                directions = ["forward", "input grad", "weight grad, bias grad", "weight grad, bias grad, turned"]
             if product.copied:
                 directions = [direction for direction in directions if "grad" in direction]
             how = " transposed" * product.transposed + " copied" * product.copied

@@ -115,7 +115,7 @@ class Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Any) -> tuple[Any, ...]:
         plan = ctx.plan
-        if is_dynamo_compiling():
+        if is_dynamo_compiling():  # of a node that was made eagerly, too, under compiled autograd
             return (None, None, None, *compiled.backward(ctx, plan, dys))
         op, count = plan.op, plan.results
         if dys[0] is None and all([d is None for d in dys]):  # dys.count(None) would compare tensors, 50 us each

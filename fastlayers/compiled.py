@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _torch, autograd
 from .dispatch.support import wants_grad
-from .values import Numbers, Out, decode, encode
+from .values import Named, Numbers, Out, decode, encode
 
 if TYPE_CHECKING:
     from .operation import Operation
@@ -90,6 +90,10 @@ def forward(ctx: Any, op: Operation, options: Any, tensors: Sequence[Any]) -> tu
 
 def backward(ctx: Any, plan: autograd.Plan, dys: Sequence[Any]) -> list[Any]:
     """The autograd.Function's backward."""
+    if plan.op.backward_operator is None:  # the forward ran eagerly, and compiled autograd traces the backward
+        dy = Named([(plan.outputs[i], d) for i, d in zip(plan.returned, dys, strict=True)])
+        saved = Named(zip(plan.names, ctx.saved_tensors, strict=True))
+        return [*plan.op.differentiate(dy, saved, plan.like, plan.options, plan.needs)]
     dys = dys[: plan.results]
     text = _written(tuple(plan.options), plan.like, plan.outputs, plan.names, plan.needs)
     found = iter(plan.op.backward_operator([*dys, *ctx.saved_tensors], *text))

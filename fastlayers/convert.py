@@ -161,18 +161,18 @@ def _paths(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is converted, not {type(model).__name__}")
     paths: dict[str, nn.Module] = {}
-    seen: set[int] = set()  # modules may compare as they like, or not be hashable
-
-    def walk(path: str, module: nn.Module) -> None:
-        paths[path] = module
-        if id(module) not in seen:
-            seen.add(id(module))
-            for name, child in module._modules.items():
-                if child is not None:
-                    walk(f"{path}.{name}" if path else name, child)
-
-    walk("", model)
+    _walk("", model, paths, set())
     return paths
+
+
+def _walk(path: str, module: nn.Module, paths: dict[str, nn.Module], seen: set[int]) -> None:
+    """`seen`: the modules' identities, since they may compare as they like, or not be hashable."""
+    paths[path] = module
+    if id(module) not in seen:
+        seen.add(id(module))
+        for name, child in module._modules.items():
+            if child is not None:
+                _walk(f"{path}.{name}" if path else name, child, paths, seen)
 
 
 def _convert(

@@ -342,16 +342,20 @@ class Operation:
         found = self._forward.find(present, (options, grad, precision))
         if found is None:
             return None
-        writes = self._mutates and self.mutates(options)
+        recording, addresses, wanted = found
+        writes = recording.writes
+        if writes is None:
+            writes = recording.writes = bool(self.mutates(options))
         if writes and self._unwritable(tensors, options) is not None:
             return None
         if drawn:  # only now is it sure that the kernels run, so that torch's generator may advance
             seed = self.draw(tensors[:-1], options)
             tensors = (*tensors[:-1], seed)
-            found = (found[0], (*found[1][:-1], seed.data_ptr()), found[2])
-        if grad and found[2]:
+            addresses = (*addresses[:-1], seed.data_ptr())
+            found = (recording, addresses, wanted)
+        if grad and wanted:
             return autograd.apply(self, options, found, *tensors)
-        outputs = found[0].play(tensors, found[1])
+        outputs = recording.play(tensors, addresses)
         if writes and outputs is not None:
             self._bump(tensors, options)
         return outputs

@@ -343,6 +343,48 @@ def test_a_report_keeps_no_model_alive() -> None:
     assert len(report) == 9
 
 
+class Opaque(torch.nn.Module):
+    """Its forward can't be read, and there is a layer in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = torch.nn.Linear(4, 4), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.inner(x)
+
+
+class Around(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.opaque, self.first, self.last = Opaque(), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(self.opaque(x))))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_converted_model_is_freed_at_once(fuse: bool) -> None:
+    """Its memory doesn't wait for the garbage collector, as that of torch's doesn't."""
+    gc.collect()
+    gc.disable()
+    try:
+        for convert in (lambda model: accelerate(model, fuse=fuse), lambda model: restore(accelerated(model, fuse))):
+            model = Around()
+            convert(model)
+            watched = weakref.ref(model), weakref.ref(model.opaque.inner.weight)
+            del model
+            assert [ref() for ref in watched] == [None, None]
+    finally:
+        gc.enable()
+
+
+def accelerated(model: torch.nn.Module, fuse: bool) -> torch.nn.Module:
+    accelerate(model, fuse=fuse)
+    return model
+
+
 def test_isinstance_checks_of_other_libraries_find_them(model: torch.nn.Sequential) -> None:
     """As an adapter library does it: find the Linear layers by class, replace them by name."""
     accelerate(model)

@@ -84,6 +84,73 @@ def fully_sharded(rank: int) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+class Block(torch.nn.Module):
+    """A module whose forward `accelerate(fuse=True)` reads: a gated layer, a residual with its norm, and an RMSNorm that is
+    written out with a weight of the module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (torch.nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.norm, self.weight = torch.nn.LayerNorm(16), torch.nn.Parameter(torch.randn(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+        return self.norm(x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y)))
+
+
+class Blocks(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.last = torch.nn.ModuleList([Block(), Block()]), torch.nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def blocks() -> Blocks:
+    torch.manual_seed(0)
+    return Blocks()
+
+
+def blocks_run_fused(model: torch.nn.Module) -> None:
+    operations = [d.op for d in fastlayers.explain(model, torch.ones(3, 1, 4, 4)) if d.path == "triton"]
+    assert operations == ["rms_norm", "gated_mlp", "layer_norm"] * 2 + ["linear"], operations
+
+
+def fused_data_parallel(rank: int) -> None:
+    """DDP around a model that was fused in place, and a model fused within DDP."""
+    whole = train(DistributedDataParallel(blocks()), rank)
+    before = blocks()
+    fastlayers.accelerate(before, fuse=True)
+    after = DistributedDataParallel(blocks(), bucket_cap_mb=0.0001)
+    fastlayers.accelerate(after, fuse=True)
+    for model in (DistributedDataParallel(before, bucket_cap_mb=0.0001), after):
+        torch.testing.assert_close(train(model, rank), whole, rtol=1e-4, atol=1e-5)
+        blocks_run_fused(model)
+
+
+def fused_fully_sharded(rank: int) -> None:
+    """FSDP2 makes a subclass of the generated class, too, shards a fused module's own weight, and hooks what it shards: each
+    block is fused by itself."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    results = []
+    for fuse in (True, False):
+        model = blocks()
+        if fuse:
+            fastlayers.accelerate(model.blocks, fuse=True)
+            fastlayers.accelerate(model)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        results.append(train(model, rank))
+        if fuse:
+            blocks_run_fused(model)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 def tensor_parallel(rank: int) -> None:
     """DTensor weights: torch's functions, for that reason, and its numbers."""
     mesh = init_device_mesh("cpu", (PROCESSES,))
@@ -119,7 +186,9 @@ def worker(rank: int, run: Callable[[int], None], rendezvous: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-@pytest.mark.parametrize("run", [data_parallel, fully_sharded, tensor_parallel])
+@pytest.mark.parametrize(
+    "run", [data_parallel, fused_data_parallel, fully_sharded, fused_fully_sharded, tensor_parallel]
+)
 def test_distributed(run: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # on a machine with a GPU too
     torch.multiprocessing.spawn(worker, (run, str(tmp_path / "rendezvous")), nprocs=PROCESSES)

@@ -429,6 +429,21 @@ def test_a_module_that_was_called_is_freed_at_once(kind: type[nn.Module]) -> Non
         gc.enable()
 
 
+class AsksForItsClass(Product):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (2 if type(self) is AsksForItsClass else 1)
+
+
+def test_a_module_that_asks_for_its_class_keeps_it() -> None:
+    """In place it would be an instance of a subclass. What is fused around it may still read its forward."""
+    model, x = AsksForItsClass(), torch.randn(3, 4)
+    expected = model(x)
+    fastlayers.accelerate(model, fuse=True)
+    assert type(model) is AsksForItsClass
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(fastlayers.fuse(model)(x), expected)
+
+
 class Shifted(Product):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + 100

@@ -351,6 +351,14 @@ def test_transposed_linears_as_the_model_has_them(x: torch.Tensor) -> None:
             model(x)
 
 
+def test_gradients_of_transposed_weights_are_contiguous(x: torch.Tensor) -> None:
+    """As torch's, so that autograd keeps them without a copy."""
+    ours, _ = fused(Gpt2sMlp().to(x.device))
+    for _ in range(3):
+        weights = [ours.c_fc.weight, ours.c_proj.weight]
+        assert all([g.is_contiguous() for g in torch.autograd.grad(ours(x).sum(), weights)])
+
+
 class Reused(Gpt2sMlp):
     """Needs what lies between."""
 

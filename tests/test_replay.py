@@ -14,6 +14,7 @@ import triton.language as tl
 from activations import RELU
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import fastlayers.functional as F
 from fastlayers.kernels import pointwise as kernels
 from fastlayers.kernels.runtime import launch as _launch
 from fastlayers.kernels.runtime import replay as _replay
@@ -158,6 +159,15 @@ def test_more_kinds_than_are_remembered_take_turns(
             assert torch.equal(replayable((first, other))[0], other.relu())
     assert len(plays) > _replay.PER_BUCKET / 2
     assert replayable.count == sum(map(len, replayable.signatures.values())) == _replay.PER_BUCKET
+
+
+def test_an_empty_tensor_is_not_taken_for_none(device: torch.device) -> None:
+    """A bias of no elements, in torch's default dtype and on the CPU, is an error, whatever was called without a bias before."""
+    x, weight = torch.randn(4, 5, device=device), torch.randn(3, 5, device=device)
+    for _ in range(3):
+        F.linear(x, weight)
+    with pytest.raises(RuntimeError):
+        F.linear(x, weight, torch.empty(0))
 
 
 def test_forgotten_scripts_are_gone(device: torch.device) -> None:

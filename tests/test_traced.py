@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
@@ -385,3 +387,15 @@ def test_export_stays_torchs(pair: Any, device: torch.device) -> None:
     for strict in (False, True):
         exported = torch.export.export(pair[0], (torch.randn(4, 6, device=device),), strict=strict)
         assert not any("fastlayers" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_compiled_autograd_of_eager_calls(device: torch.device) -> None:
+    """The forward ran eagerly, and the backward is traced: of activations and softmax too, which have no operator."""
+    theirs = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.LayerNorm(6), torch.nn.ReLU(), torch.nn.Softmax(-1)
+    )
+    theirs = theirs.to(device)
+    ours = copy.deepcopy(theirs)
+    fastlayers.accelerate(ours)
+    with fastlayers.policy("auto"), compiled_autograd._enable(torch.compile(backend="eager")):
+        compare(ours, ours, theirs, torch.randn(3, 4, device=device))

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from .. import _torch
-from .._state import class_before, own
+from .._state import own
 from . import allowed, plan, source
 from .expressions import Expressions, Refused
 from .objects import Objects
@@ -61,7 +61,7 @@ class Left(NamedTuple):
 
     path: str
     kind: str
-    refused: Refused
+    reason: str
 
 
 class Interpreter(Objects):
@@ -73,7 +73,7 @@ class Interpreter(Objects):
     """
 
     def __init__(self, model: nn.Module, training: bool, inplace: Any):
-        self.model, self.training, self._inplace = model, training, inplace
+        self.model, self.training, self._inplace, self.in_place = model, training, inplace, False
         self.graph, self.looked = fx.Graph(), Looked()
         self.graph.erase_node(self.graph.placeholder("self"))  # reserves the name "self", which the generated code uses
         self.paths = {id(m): path for path, m in model.named_modules()}
@@ -103,6 +103,7 @@ class Interpreter(Objects):
         Raises:
             TraceError: where the model's own forward stands in the way.
         """
+        self.in_place = True
         frame = self._begin()
         inputs = [self._input(f"argument_{i}") if v is given else v for i, v in enumerate(args)]
         named = {n: self._input(f"keyword_{i}") if v is given else v for i, (n, v) in enumerate(kwargs.items())}
@@ -116,7 +117,7 @@ class Interpreter(Objects):
 
     def _begin(self) -> Frame:
         forward = self._forward(self.model)
-        self.looked.attribute(class_before(type(self.model)), "forward")
+        self.looked.written(self.model)
         self.looked.global_hooks()
         return Frame(self, forward, {})
 
@@ -438,7 +439,7 @@ class Interpreter(Objects):
                 self.paths[id(module)] = path
                 self.left = [left for left in self.left if not left.path.startswith(f"{path}.")]
                 if module._modules:
-                    self.left.append(Left(path, type(module).__name__, refused))
+                    self.left.append(Left(path, type(module).__name__, str(refused)))
         if not _is_known_layer(module) and has_mutable((*args, *kwargs.values())):
             raise frame.refuse(node, f"hands a list to {path}, which may edit it")
         self.looked.late |= not _is_known_layer(module)

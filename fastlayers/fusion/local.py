@@ -158,22 +158,19 @@ def candidates(model: nn.Module, allowed: set[int]) -> list[nn.Module]:
     of them is, or contains, a module that isn't allowed, by identity."""
     found: list[nn.Module] = []
     seen: set[int] = set()
-
-    def walk(module: nn.Module) -> None:
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         graph = _guessed(module) if _may_change(module, allowed) else None
         if graph is None:
-            inner = [child for child in module._modules.values() if child is not None]
+            waiting += [child for child in module._modules.values() if child is not None]
         else:
             found.extend([] if is_fused(module) else [module])
             paths = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-            inner = [module.get_submodule(path) for path in paths]
-        for child in inner:
-            walk(child)
-
-    walk(model)
+            waiting += [module.get_submodule(path) for path in paths]
     return found
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from .._state import class_before
 from .state import MISSING, found_on_class
 from .values import Method, MethodOf, Parent, Text, Training, has_node, is_known, is_opaque
 
@@ -25,6 +26,8 @@ class Objects:
     """The part of the interpreter that reads objects."""
 
     model: nn.Module
+    in_place: bool
+    """Whether the model itself is to run the graph, as an instance of a generated class."""
     graph: fx.Graph
     looked: Any
     paths: dict[int, str]
@@ -143,8 +146,10 @@ class Objects:
         if name == "training":
             return Training(module)
         if name == "__class__":
+            if module is self.model and self.in_place:
+                raise frame.refuse(node, "asks for its own class, of which fusing in place makes a subclass")
             self.looked.class_of(module)
-            return cls
+            return class_before(cls)
         found = found_on_class(cls, name)
         if name in module.__dict__ and not isinstance(found, property):
             self.looked.attribute(module, name)

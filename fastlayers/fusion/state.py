@@ -24,16 +24,17 @@ ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
 
 def found_on_class(cls: type, name: str) -> Any:
-    """A class's attribute as it stands in the class, not bound to anything; MISSING if there is none."""
+    """A class's attribute as it stands in the class, not bound to anything; MISSING if there is none. Generated classes are
+    passed over, also where FSDP2, say, has made a subclass of one."""
     for base in cls.__mro__:
-        if name in base.__dict__:
+        if name in base.__dict__ and class_before(base) is base:
             return base.__dict__[name]
     return MISSING
 
 
 def forward_of(cls: type) -> Any:
     """A class's forward as its author wrote it."""
-    return found_on_class(class_before(cls), "forward")
+    return found_on_class(cls, "forward")
 
 
 def _attribute(owner: Any, name: str) -> Any:
@@ -88,6 +89,10 @@ def _children(owner: Any, name: str) -> Any:
 def _forward(owner: Any, name: str) -> Any:
     """The function that a call of this module comes to; MISSING if somebody watches the call."""
     return MISSING if plan.is_watched(owner) else forward_of(type(owner))
+
+
+def _written(owner: Any, name: str) -> Any:
+    return forward_of(type(owner))
 
 
 def _global_hooks(owner: Any, name: str) -> Any:
@@ -153,6 +158,10 @@ class Looked:
     def forward(self, module: nn.Module) -> None:
         """That a module's call is a call of its class's forward, and that nobody watches it."""
         self._add(_forward, module, "forward", _forward(module, ""))
+
+    def written(self, module: nn.Module) -> None:
+        """The forward of a module's class, as its author wrote it."""
+        self._add(_written, module, "forward", _written(module, ""))
 
     def global_hooks(self) -> None:
         """Whether there is a hook for all modules."""

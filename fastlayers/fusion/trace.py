@@ -159,7 +159,7 @@ def _messages(left: Sequence[Left]) -> list[str]:
     """Which modules are called as they stand, and why: one message for all that have the same reason."""
     found: dict[str, list[Left]] = {}
     for one in left:
-        found.setdefault(str(one.refused), []).append(one)
+        found.setdefault(one.reason, []).append(one)
     messages = []
     for reason, ones in found.items():
         names = ", ".join([one.path for one in ones[:3]]) + (f" and {len(ones) - 3} more" if len(ones) > 3 else "")

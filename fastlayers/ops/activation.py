@@ -260,11 +260,6 @@ def joined(function: str, *args: Any) -> Activation | None:
     return activation if activation.joins else None
 
 
-@functools.cache
-def _probe(activation: Activation) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: activation(x)
-
-
 class Pointwise(Operation):
     """One operation for all activations."""
 
@@ -283,7 +278,7 @@ class Pointwise(Operation):
         return options.activation.function
 
     def probe(self, options: Options) -> Any:
-        return _probe(options.activation)
+        return options.activation
 
     def unsupported(self, t: Any, options: Options) -> str | None:
         if options.inplace and options.activation.saves == "input" and wants_grad(t.input):

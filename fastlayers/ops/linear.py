@@ -123,6 +123,15 @@ class Linear(Operation):
             names += [name for name in (f"z{i}", "output" if i == last else f"h{i}") if name in kept]
         return tuple(names)
 
+    def gradients(self, like: Any, options: Options, needs: Needs) -> tuple[Out | int | str | None, ...]:
+        """A weight's gradient lies as the weight does, which may be a transposed view: then autograd keeps it as the parameter's
+        without a copy."""
+        found: list[Any] = [*super().gradients(like, options, needs)]
+        for i, w in enumerate(like.params, 1):
+            if found[i] is not None and w.stride() == (1, w.shape[0]):
+                found[i] = Out(w.shape, w.dtype, w.stride())
+        return tuple(found)
+
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         flows, last = _flows([g is not None for g in (grads.input, *grads.params)]), len(options.activations) - 1
 

@@ -51,6 +51,8 @@ class Recording:
 
     memo: Any = None
     """For the caller: whatever it works out once for all replays of this recording."""
+    writes: bool | None = None
+    """For the caller: whether such calls write into tensors that they are given; None until that has been asked."""
 
     def __init__(self, recorder: "Recorder", script: Callable[..., Results | None]):
         self.index, self.device, self.device_type = recorder.index, recorder.device, recorder.device.type

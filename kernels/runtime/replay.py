@@ -28,7 +28,12 @@ Match = tuple[Recording, Addresses, bool]
 _Guards: Any = _torch.TensorGuards
 """Without it nothing is replayed."""
 
-_PLACEHOLDERS = tuple([torch.empty(0, device="cpu") for _ in range(256)])
+
+class _Absent(torch.nn.Parameter):
+    """The class of placeholders for None. Guards compare classes, so that no caller's empty tensor is taken for None."""
+
+
+_PLACEHOLDERS = tuple([_Absent(torch.empty(0, device="cpu"), requires_grad=False) for _ in range(256)])
 """What guards are given for None, a tensor for each position, because they take neither None nor the same tensor twice."""
 
 LIMIT = 4096
@@ -186,7 +191,7 @@ class Replayable:
 
     def _learn(self, given: Sequence[torch.Tensor], tensors: Tensors, options: tuple[Any, ...]) -> Results:
         """Call `work`, and record it if the signature was seen before."""
-        if not all(is_plain(t) and not t.is_neg() for t in given):
+        if not all(t is None or (is_plain(t) and not t.is_neg()) for t in tensors):
             return self.work(tensors, *options)
         try:
             addresses = [address for t in given if (address := t.data_ptr())]
