@@ -115,6 +115,8 @@ def main(argv: list[str]) -> int:
         found = {k: v for rows in pool.map(count, [options.match] * options.jobs, shares) for k, v in rows.items()}
     rows = {label: row for label, row in sorted(found.items()) if "error" not in row}
     errors = [f"{label}: {row['error']}" for label, row in found.items() if "error" in row]
+    if not found:
+        parser.error(f"no run's label matches {options.match!r}")
     print(table(rows.items()))
     if options.update:
         # Of a run that was made, the rows of kernels that it no longer launches go.

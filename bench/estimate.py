@@ -215,7 +215,8 @@ def table() -> str:
     for published, estimated, ratios in comparison():
         measured = ", ".join(f"{value:g}" for value in published.teraflops)
         over = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        lines.append(
-            f"| {published.name} | {published.gpu} | {measured} | {estimated:.0f} | {over} | {published.source} |"
-        )
+        source = published.source
+        if source.startswith("github.com/"):  # a link, in words that fit a narrow column
+            source = f"[{source.split('/', 3)[2]} {source.rsplit('/', 1)[1]}](https://{source})"
+        lines.append(f"| {published.name} | {published.gpu} | {measured} | {estimated:.0f} | {over} | {source} |")
     return "\n".join(lines)

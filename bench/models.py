@@ -210,6 +210,9 @@ def plan(match: str, update: bool) -> int:
                     f"not compared: {name}: this is {here}, the committed rows were made with {made_with}",
                     file=sys.stderr,
                 )
+    if not rows:
+        print(f"no row of a model that is installed matches {match!r}", file=sys.stderr)
+        return 1
     print(model_plan.table(rows))
     if match:
         print(f"\n{model_plan.details(rows)}")
@@ -223,7 +226,7 @@ def plan(match: str, update: bool) -> int:
         print(f"CHANGED {line}")
     if wrong:
         print("Where that is meant: python -m bench models --plan --update")
-    return 1 if wrong or not rows else 0
+    return 1 if wrong else 0
 
 
 def main(argv: list[str]) -> int:

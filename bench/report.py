@@ -446,7 +446,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--markdown", type=Path, help="write all tables to this file")
     parser.add_argument("--plots", type=Path, help="draw the plots into this folder")
     options = parser.parse_args(argv)
-    results = read_results(options.file)
+    try:
+        results = read_results(options.file)
+    except OSError as error:
+        parser.error(str(error))
     if options.markdown:
         options.markdown.write_text(markdown(results))
     if options.plots:

@@ -55,7 +55,7 @@ def why_not() -> str | None:
     if _launch.INTERPRETED:
         return "TRITON_INTERPRET is set: timing the interpreter says nothing about the kernels"
     if not torch.cuda.is_available():
-        return "no GPU: torch.cuda.is_available() is false (python -m bench audit and python -m bench host need none)"
+        return "no GPU: torch.cuda.is_available() is false (python -m bench --help says which commands need none)"
     return None
 
 

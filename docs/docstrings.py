@@ -8,8 +8,9 @@ from typing import Any
 import griffe
 
 SECTIONS = re.compile(r"(Args|Returns|Raises|Yields):$")
-FACTS = re.compile(r"(Shape, Dtype|Shape|Dtype|Runs on Triton when|Raises|Source): ")
-"""What is said in one paragraph."""
+_FACT = "(?:Shape|Dtype|Runs on Triton when|Raises|Source)"
+FACTS = re.compile(rf"({_FACT}(?:, {_FACT})*): ")
+"""What is said in one paragraph, of one of these or of several."""
 
 
 def markdown(text: str) -> str:

@@ -11,6 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 TEAL, GREY, LIGHT = "#00897b", "#78909c", "#b2dfdb"
+_WIDTH = 4.8
+"""Of every picture, in inches: its words can be read on a phone, too."""
+_CENTRED = {"ha": "center", "va": "center", "fontsize": 9}
 
 
 def _drawing(width: float, height: float) -> tuple[Figure, Any]:
@@ -30,7 +33,7 @@ def _box(
             (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=colour, edgecolor=GREY
         )
     )
-    style = {"ha": "center", "va": "center", "fontsize": 10} | style
+    style = _CENTRED | style
     axes.text(x + width / 2, y + height / 2, text, **style)
 
 
@@ -50,7 +53,7 @@ def _svg(figure: Figure) -> str:
 
 def house() -> str:
     """Who stands on whom."""
-    figure, axes = _drawing(8.6, 3.9)
+    figure, axes = _drawing(_WIDTH, 4.9)
     storeys = [
         ("fastlayers/modules/", "what state is there?", "knows nothing of devices, dtypes, Triton"),
         ("fastlayers/ops/", "what is computed, saved, supported?", "knows nothing of policy, replay, autograd, Dynamo"),
@@ -58,65 +61,49 @@ def house() -> str:
         ("kernels/", "how do tiles move?", "knows nothing of autograd, nn, policy"),
     ]
     for i, (name, question, blind) in enumerate(storeys):
-        y = 3.0 - 0.95 * i
-        _box(axes, 0.15, y, 5.7, 0.75, f"{name}: {question}\n{blind}", fontsize=9)
+        y = 4.1 - 0.95 * i
+        _box(axes, 0.1, y, 4.6, 0.7, f"{name}: {question}\n{blind}")
         if i:
-            _arrow(axes, (3, y + 0.95), (3, y + 0.75))
-    _box(
-        axes,
-        6.2,
-        2.05,
-        2.25,
-        1.7,
-        "fastlayers/catalog/\na row per layer, from which\naccelerate, tests, benchmark\nand tables follow",
-        "#eceff1",
-        fontsize=8.5,
-    )
-    _box(axes, 6.2, 0.15, 2.25, 1.7, "fastlayers/fusion/\nwhich neighbours run\nas one call", "#eceff1", fontsize=8.5)
+            _arrow(axes, (2.4, y + 0.95), (2.4, y + 0.7))
+    beside = [
+        "fastlayers/catalog/\na row per layer, for\naccelerate, tests, tables",
+        "fastlayers/fusion/\nwhich neighbours run\nas one call",
+    ]
+    for i, text in enumerate(beside):
+        _box(axes, 0.1 + 2.35 * i, 0.1, 2.25, 0.85, text, "#eceff1")
     return _svg(figure)
 
 
 def call() -> str:
     """The way of one call."""
-    figure, axes = _drawing(8.6, 2.9)
-    _box(axes, 0.15, 1.7, 1.5, 0.8, "layer(x)")
-    _box(axes, 2.3, 1.7, 1.9, 0.8, "can the kernels\ntake this call?")
-    _box(axes, 4.9, 1.7, 1.6, 0.8, "seen before?")
-    _box(axes, 7.0, 2.05, 1.45, 0.65, "replay", TEAL, color="white")
-    _box(axes, 7.0, 1.1, 1.45, 0.65, "launchers", TEAL, color="white")
-    _box(axes, 2.3, 0.2, 1.9, 0.8, "torch's own function;\nexplain says why", "#eceff1", fontsize=9)
-    _arrow(axes, (1.65, 2.1), (2.3, 2.1))
-    _arrow(axes, (4.2, 2.1), (4.9, 2.1), "yes")
-    _arrow(axes, (3.25, 1.7), (3.25, 1.0), "no")
-    _arrow(axes, (6.5, 2.2), (7.0, 2.35), "yes")
-    _arrow(axes, (6.5, 1.9), (7.0, 1.5), "no")
+    figure, axes = _drawing(_WIDTH, 3.9)
+    _box(axes, 0.1, 3.2, 2.0, 0.6, "layer(x)")
+    _box(axes, 0.1, 2.1, 2.0, 0.7, "can the kernels\ntake this call?")
+    _box(axes, 2.7, 2.1, 2.0, 0.7, "torch's own function;\nexplain says why", "#eceff1")
+    _box(axes, 0.1, 1.1, 2.0, 0.6, "seen before?")
+    _box(axes, 2.7, 1.1, 2.0, 0.6, "replay", TEAL, color="white")
+    _box(axes, 0.1, 0.1, 2.0, 0.6, "launchers", TEAL, color="white")
+    _arrow(axes, (1.1, 3.2), (1.1, 2.8))
+    _arrow(axes, (2.1, 2.45), (2.7, 2.45), "no")
+    _arrow(axes, (1.1, 2.1), (1.1, 1.7), "yes")
+    _arrow(axes, (2.1, 1.4), (2.7, 1.4), "yes")
+    _arrow(axes, (1.1, 1.1), (1.1, 0.7), "no")
     return _svg(figure)
 
 
 def fusion() -> str:
     """Four layers, one kernel."""
-    figure, axes = _drawing(8.6, 2.4)
+    figure, axes = _drawing(_WIDTH, 2.6)
+    axes.text(2.4, 2.35, "four kernels: each writes its result to memory,\nand the next one reads it", **_CENTRED)
     for i, name in enumerate(["Conv2d", "BatchNorm2d", "+ residual", "ReLU"]):
-        x = 1.1 + 1.9 * i
-        _box(axes, x, 1.4, 1.3, 0.6, name)
-        _arrow(axes, (x - 0.6, 1.7), (x, 1.7))
-    _arrow(axes, (8.1, 1.7), (8.5, 1.7))
-    axes.text(
-        4.3, 2.15, "four kernels: each writes its result to memory, and the next one reads it", fontsize=9, ha="center"
-    )
-    _box(
-        axes,
-        1.1,
-        0.3,
-        7.0,
-        0.6,
-        "one kernel: Conv2d, BatchNorm2d, + residual, ReLU on the tile while it is in registers",
-        TEAL,
-        color="white",
-        fontsize=9,
-    )
-    _arrow(axes, (0.5, 0.6), (1.1, 0.6))
-    _arrow(axes, (8.1, 0.6), (8.5, 0.6))
+        x = 0.3 + 1.1 * i
+        _box(axes, x, 1.4, 0.9, 0.5, name, fontsize=8)
+        _arrow(axes, (x - 0.2, 1.65), (x, 1.65))
+    _arrow(axes, (4.5, 1.65), (4.7, 1.65))
+    axes.text(2.4, 0.95, "one kernel: all four on the tile while it is in registers", **_CENTRED)
+    _box(axes, 0.3, 0.2, 4.2, 0.5, "Conv2d, BatchNorm2d, + residual, ReLU", TEAL, color="white")
+    _arrow(axes, (0.1, 0.45), (0.3, 0.45))
+    _arrow(axes, (4.5, 0.45), (4.7, 0.45))
     return _svg(figure)
 
 

@@ -28,8 +28,8 @@ _TORCH = {ours: theirs for theirs, ours in CLASSES.items()}
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of one module: its path in the model ("" for the model itself), its class before and after, and why it
-    is as it was, unless it was changed."""
+    """What became of one module: its `path` in the model ("" for the model itself), its class before (`was`) and after
+    (`now`), and the `reason` why it is as it was, or None where it was changed."""
 
     path: str
     was: type[nn.Module]

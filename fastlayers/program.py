@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -19,8 +20,9 @@ def execute(command: Sequence[str], module: bool) -> int:
         0. Where the program ends by sys.exit or an exception, so does this.
     """
     name = command[0]
-    if not module and not os.path.exists(name):
-        print(f"python -m fastlayers run: there is no file {name}", file=sys.stderr)
+    # Of a module's name the first part: to look for more would import it, before anything is patched.
+    if not (importlib.util.find_spec(name.partition(".")[0]) if module else os.path.exists(name)):
+        print(f"python -m fastlayers run: there is no {'module' if module else 'file'} {name}", file=sys.stderr)
         return 2
     sys.argv[:] = command
     with patched() as counted:

@@ -104,7 +104,10 @@ def test_update_and_what_follows(
 def test_a_package_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(MODELS, "ViT-B", MODELS["ViT-B"].__class__(nn.Identity, (1,), 1, package="no_such_pack"))
     assert models.main(["--plan", "--match", "ViT-B"]) == 1
-    assert "left out: ViT-B: no_such_pack isn't installed" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "left out: ViT-B: no_such_pack isn't installed" in said.err
+    assert "no row of a model that is installed matches 'ViT-B'" in said.err
+    assert not said.out
 
 
 def test_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

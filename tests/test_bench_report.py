@@ -99,6 +99,12 @@ def test_report_command_and_plots(results: dict[str, Any], tmp_path: Path, capsy
     assert "2 of 4" in capsys.readouterr().out
 
 
+def test_report_of_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        report.main([str(tmp_path / "missing.json")])
+    assert (left.value.code, "No such file or directory" in capsys.readouterr().err) == (2, True)
+
+
 def test_plots_of_nothing(tmp_path: Path) -> None:
     assert report.plots({"environment": {}, "rows": []}, tmp_path) == []
     assert report.summary({"environment": {}, "rows": []}).startswith("0 of 0")

@@ -39,7 +39,7 @@ def test_examples_run(code: str, device: torch.device, tmp_path: Path, request: 
     for packages in re.findall(r"^# needs: (.+)$", code, flags=re.M):
         for package in packages.split(", "):
             pytest.importorskip(package)
-    if "# processes: 1" in code:
+    if "init_process_group" in code:
         request.getfixturevalue("_process_group")
     file = tmp_path / "example.py"  # `fuse` reads sources
     file.write_text(code)
@@ -55,8 +55,10 @@ def test_docstrings_become_markdown() -> None:
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
-    text = "y = a * b of `__init__`.\n    f(*x)\nShape: (*, N)\n    and more.\nArgs:\n    x_1: one.\nSource: https://a.b/c_d"
+    text = "y = a * b of `__init__`.\n    f(*x)\nShape: (*, N)\n    and more.\n"
+    text += "Dtype, Raises: as\n    f.\nArgs:\n    x_1: one.\nSource: https://a.b/c_d"
     assert found.markdown(text) == (
-        "y = a \\* b of `__init__`.\n\n    f(*x)\n\n**Shape**: (\\*, N)\nand more.\n\nArgs:\n    x\\_1: one.\n\n"
+        "y = a \\* b of `__init__`.\n\n    f(*x)\n\n**Shape**: (\\*, N)\nand more.\n\n"
+        "**Dtype, Raises**: as\nf.\n\nArgs:\n    x\\_1: one.\n\n"
         "**Source**: <https://a.b/c_d>"
     )

@@ -283,6 +283,7 @@ def test_run_a_module_that_fails() -> None:
 
 
 def test_run_nothing() -> None:
-    for args, message in (((), "which program?"), (("no_such_file.py",), "there is no file no_such_file.py")):
+    for args, message in (((), "which program?"), (("no_such_file.py",), "there is no file no_such_file.py"),
+                          (("-m", "no_such_module"), "there is no module no_such_module")):  # fmt: skip
         done = command(*args)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr

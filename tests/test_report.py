@@ -194,3 +194,13 @@ def test_command(tmp_path: Path) -> None:
         done = command(f"{file}:{wrong}")
         assert done.returncode == 2
         assert message in done.stderr
+    done = command(f"{file}:make", "--plot", str(tmp_path / "model.words"))
+    assert (done.returncode, done.stderr.startswith("no picture: Format 'words'")) == (1, True), done.stderr
+
+
+def test_what_the_function_raises_keeps_its_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text("def make():\n    raise ValueError('not today')\n")
+    done = command(f"{file}:make")
+    assert done.returncode == 1
+    assert f'File "{file}", line 2, in make' in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import torch
 
@@ -62,5 +63,7 @@ def table() -> str:
     """The README's table of layers, in Markdown."""
     always = "CPU tensors, tensor subclasses, functorch transforms, forward-mode AD, other dtypes"
     rows = ["| Layer | On Triton kernels, forward and backward | Torch's own function takes |", "|---|---|---|"]
-    rows += [f"| `{row.name}` | {row.supports} | {row.falls_back} |" for row in ROWS]
+    # Neighbours of whom the same is said share a line, as MaxPool1d to 3d.
+    for said, same in itertools.groupby(ROWS, lambda row: f"{row.supports} | {row.falls_back}"):
+        rows.append(f"| {', '.join(f'`{row.name}`' for row in same)} | {said} |")
     return "\n".join([*rows, f"| all | float16, bfloat16, float32, float64 | {always} |"])

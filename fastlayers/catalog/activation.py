@@ -76,7 +76,7 @@ ROWS = (
     _row(
         "Sigmoid",
         _ANY,
-        "nothing else",
+        "nothing beyond the last row",
         function="sigmoid",
         role=_role("sigmoid"),
         speeds=rows_of(lambda nn: nn.Sigmoid()),
@@ -115,7 +115,7 @@ ROWS = (
     _row(
         "Tanh",
         _ANY,
-        "nothing else",
+        "nothing beyond the last row",
         function="tanh",
         role=_role("tanh"),
         scale=4,  # its gradient dy - dy y^2 is a difference of numbers of dy's size
@@ -137,7 +137,7 @@ ROWS = (
     _row(
         "swish",
         f"`x * sigmoid(factor * x)`, as `fuse` finds it of CLIP's QuickGELU; {_ANY}, any factor; infinities and NaN as torch",
-        "nothing else",
+        "nothing beyond the last row",
         function="swish",
         cases=dict(
             matrix=_matrix(lambda nn: Swish(nn, 1.702)),
@@ -234,7 +234,7 @@ ROWS = (
     _row(
         "Softsign",
         f"{_ANY}; infinities and NaN as torch",
-        "nothing else",
+        "nothing beyond the last row",
         function="softsign",
         role=_role("softsign"),
         cases=dict(
@@ -244,7 +244,7 @@ ROWS = (
     _row(
         "LogSigmoid",
         f"{_ANY}; infinities and NaN as torch",
-        "nothing else",
+        "nothing beyond the last row",
         function="logsigmoid",
         role=_role("logsigmoid"),
         cases=dict(
@@ -265,7 +265,7 @@ ROWS = (
     _row(
         "Hardshrink",
         f"{_ANY}, any lambd; NaN stays NaN",
-        "nothing else",
+        "nothing beyond the last row",
         function="hardshrink",
         role=_role("hardshrink", "lambd"),
         cases=dict(
@@ -275,7 +275,7 @@ ROWS = (
     _row(
         "Softshrink",
         f"{_ANY}, any lambd; NaN stays NaN",
-        "nothing else",
+        "nothing beyond the last row",
         function="softshrink",
         role=_role("softshrink", "lambd"),
         cases=dict(
@@ -286,7 +286,7 @@ ROWS = (
     _row(
         "Tanhshrink",
         _ANY,
-        "nothing else",
+        "nothing beyond the last row",
         function="tanhshrink",
         role=_role("tanhshrink"),
         cases=dict(
@@ -296,7 +296,7 @@ ROWS = (
     Row(
         "PReLU",
         "any shape and strides; one slope, or one for each channel, whose gradient is summed in a fixed order",
-        "nothing else",
+        "nothing beyond the last row",
         operation=_prelu,
         function="prelu",
         speeds={},
@@ -309,7 +309,7 @@ ROWS = (
     Row(
         "GLU",
         "any dim, shape and strides",
-        "nothing else",
+        "nothing beyond the last row",
         operation=_glu,
         function="glu",
         speeds={},

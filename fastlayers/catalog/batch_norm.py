@@ -85,7 +85,7 @@ ROWS = (
     Row(
         "GroupNorm",
         "any number of groups, channels and pixels, any strides; " + _WEIGHTS,
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         operation=_group_norm,
         function="group_norm",
         role=Role("norm", "group_norm"),

@@ -50,7 +50,9 @@ ROWS = (
         },
     ),
     _regression("L1Loss", "l1_loss", "a weight", {"images, 3 x 512 x 512, batch 16": (16, 3, 512, 512)}),
-    _regression("SmoothL1Loss", "smooth_l1_loss", "-", {"boxes, 2^20 x 4": (2**20, 4)}, beta=0.5),
+    _regression(
+        "SmoothL1Loss", "smooth_l1_loss", "nothing beyond the last row", {"boxes, 2^20 x 4": (2**20, 4)}, beta=0.5
+    ),
     _regression("HuberLoss", "huber_loss", "a weight", {"depth, 480 x 640, batch 16": (16, 1, 480, 640)}, delta=0.7),
     Row(
         "BCELoss",
@@ -101,7 +103,7 @@ ROWS = (
     Row(
         "KLDivLoss",
         _LAYOUTS,
-        "-",
+        "nothing beyond the last row",
         operation=_elementwise_loss,
         function="kl_div",
         speeds={

@@ -5,7 +5,7 @@ from .row import Row, case
 
 __all__ = ["ROWS"]
 
-_NOTHING = "nothing more than of every layer"
+_NOTHING = "nothing beyond the last row"
 
 ROWS = (
     Row(

@@ -37,7 +37,7 @@ ROWS = (
         "LayerNorm",
         "any trailing dimensions and row length, any strides; with or without weight and bias; a 16-bit input with float32 "
         "weights; in `fuse`, the residual before it in the same pass",
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         operation=_layer_norm,
         scale=1,
         function="layer_norm",

@@ -32,7 +32,7 @@ _ADAPTIVE_MAX = (
     "any output_size, return_indices; NCHW and channels_last; of each output one byte saved; the gradient gathered, "
     "without atomics"
 )
-_NOTHING = "nothing more than of every layer"
+_NOTHING = "nothing beyond the last row"
 
 ROWS = (
     Row(

@@ -51,7 +51,7 @@ ROWS = (
     Row(
         "GRU",
         "as LSTM",
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         operation=_gru,
         scale=1,
         function="gru",
@@ -65,7 +65,7 @@ ROWS = (
     Row(
         "RNN",
         "as LSTM; tanh or relu",
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         operation=_rnn_tanh,
         scale=1,
         function="rnn_tanh",
@@ -80,7 +80,7 @@ ROWS = (
     Row(
         "LSTMCell",
         "a batch or none, any strides; with or without biases; two products and one pointwise kernel in each direction",
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         operation=_lstm_cell,
         function="lstm_cell",
         speeds={
@@ -97,7 +97,7 @@ ROWS = (
     Row(
         "GRUCell",
         "as LSTMCell",
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         operation=_gru_cell,
         function="gru_cell",
         speeds={
@@ -116,7 +116,7 @@ ROWS = (
     Row(
         "RNNCell",
         "as LSTMCell; tanh or relu",
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         operation=_rnn_tanh_cell,
         function="rnn_tanh_cell",
         functions=("rnn_relu_cell",),

@@ -10,7 +10,7 @@ ROWS = (
     Row(
         "Softmax2d",
         "images, one or a batch",
-        "nothing else",
+        "nothing beyond the last row",
         operation=_softmax,
         function="softmax",
         speeds={},

@@ -54,7 +54,7 @@ ROWS = (
     Row(
         "TransformerDecoder",
         "its layers, and its norm",
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         cases=dict(
             two=case(
                 lambda nn: nn.TransformerDecoder(nn.TransformerDecoderLayer(**_SIZES), 2, nn.LayerNorm(8)),
@@ -67,7 +67,7 @@ ROWS = (
     Row(
         "Transformer",
         "its encoder and its decoder",
-        "nothing more than of every layer",
+        "nothing beyond the last row",
         cases=dict(
             both=case(
                 lambda nn: nn.Transformer(**_SIZES, num_encoder_layers=1, num_decoder_layers=1, batch_first=True),

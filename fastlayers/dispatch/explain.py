@@ -17,9 +17,10 @@ from .table import columns
 
 @dataclass(frozen=True)
 class Decision:
-    """One call's path: `reason` says why torch took it, `kernels` what was launched otherwise.
+    """One call of the operation `op`: its `path` is "triton", and `kernels` says what was launched, or "torch", and `reason`
+    says why.
 
-    `module` is the path of the module within the model ("" for a bare function); fused neighbours are joined by " + ".
+    `module` is the module's name within the model ("" for a bare function); fused neighbours are joined by " + ".
     """
 
     module: str

@@ -36,9 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace, fail: Callable[[str], Any]) -> int:
     """Print the report. `fail` prints a message about the arguments and exits."""
     try:
-        model, args, kwargs = _made(arguments.model)
-    except (OSError, AttributeError, ImportError, TypeError, ValueError) as error:
+        make = _found(arguments.model)
+    except (OSError, AttributeError, ImportError, ValueError) as error:
         return fail(f"{arguments.model}: {error}")
+    made = make()  # what it raises is the user's own, and keeps its traceback
+    model, *args = made if isinstance(made, (tuple, list)) else (made,)
+    if not isinstance(model, torch.nn.Module):
+        return fail(f"{arguments.model}: the function must return a module and its inputs, not {type(model).__name__}")
+    kwargs = args.pop() if args and isinstance(args[-1], dict) else {}
     if arguments.eval:
         model.eval()
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
@@ -52,14 +57,14 @@ def main(arguments: argparse.Namespace, fail: Callable[[str], Any]) -> int:
     if arguments.plot is not None:
         try:
             plot(found, arguments.plot)
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, ValueError) as error:
             print(f"no picture: {error}", file=sys.stderr)
             return 1
     return 0
 
 
-def _made(where: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """What the function that is named so returns."""
+def _found(where: str) -> Callable[[], Any]:
+    """The function that is named so."""
     name, _, function = where.rpartition(":")
     if not name:
         raise ValueError("expected FILE.py:FUNCTION")
@@ -73,12 +78,7 @@ def _made(where: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
     else:
         sys.path.insert(0, "")
         module = importlib.import_module(name)
-    made = getattr(module, function)()
-    model, *args = made if isinstance(made, (tuple, list)) else (made,)
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"the function must return a module and its inputs, not {type(model).__name__}")
-    kwargs = args.pop() if args and isinstance(args[-1], dict) else {}
-    return model, tuple(args), kwargs
+    return getattr(module, function)
 
 
 def plot(found: Report, path: Path) -> None:
@@ -87,6 +87,7 @@ def plot(found: Report, path: Path) -> None:
     Raises:
         ImportError: without matplotlib.
         OSError: where the file can't be written.
+        ValueError: for a name that ends in no format that matplotlib knows.
     """
     from matplotlib.figure import Figure
 
