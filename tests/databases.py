@@ -74,9 +74,7 @@ def scale_of(module: torch.nn.Module) -> float:
 
 def scale_for(module: torch.nn.Module, *arguments: torch.Tensor) -> float:
     """The size of the numbers that results and gradients for these arguments are differences of."""
-    # Of attention's weights they are sums of products of an argument with such a difference.
-    squared = any(isinstance(m, torch.nn.MultiheadAttention) for m in module.modules())
-    return scale_of(module) * size_of(*arguments) ** (2 if squared else 1)
+    return scale_of(module) * size_of(*arguments)
 
 
 def function_of(info: Any) -> str | None:

@@ -161,6 +161,23 @@ def test_a_query_without_keys_gives_nothing(device: torch.device) -> None:
         assert all(g.isfinite().all() for g in found)
 
 
+def test_gradients_beside_a_weight_that_is_nearly_1(device: torch.device) -> None:
+    """Then ds is small beside dp and delta, and has their errors unless its rows add up to 0."""
+    q, k, v, dy = (t.to(device) for t in heads((1, 2, 16, 8), (1, 2, 16, 8), (1, 2, 16, 64), (1, 2, 16, 64)))
+    q, k, v, dy = q / 4 + 1, k / 4, 9 * v, 9 * dy
+    k[:, :, 3] += 2.2
+    with by_formula():
+        exact = gradients(
+            torch.nn.functional.scaled_dot_product_attention, *[t.double() for t in (q, k, v)], dy=dy.double()
+        )
+        torchs = gradients(torch.nn.functional.scaled_dot_product_attention, q, k, v, dy=dy)
+    _, dq, dk, _ = gradients(F.scaled_dot_product_attention, q, k, v, dy=dy)
+    assert (dq - exact[1]).norm() < (torchs[1] - exact[1]).norm()
+    leaf = k.clone().requires_grad_()
+    (alone,) = torch.autograd.grad(F.scaled_dot_product_attention(q, leaf, v), leaf, dy)
+    torch.testing.assert_close(alone, dk, rtol=0, atol=0)  # dq isn't asked for
+
+
 def test_a_backend_that_somebody_chose_computes(device: torch.device) -> None:
     q, k, v = (t.to(device) for t in heads((1, 1, 4, 8), (1, 1, 4, 8), (1, 1, 4, 8)))
     with sdpa_kernel(SDPBackend.MATH), fastlayers.policy("auto"):

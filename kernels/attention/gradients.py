@@ -4,6 +4,10 @@
 
 dq is summed by one kernel, dk and dv by another, each element by one program and in a fixed order, without atomics. Where the
 weights are a result as well, their gradient dw is added to dy v^T, and the sum of the weights times dw to delta.
+
+A row of ds adds up to 0, but for what out and the products were rounded by. Where a weight is nearly 1, that is much beside ds
+itself. So where float32 products are strict, and in float64, the kernel of dq takes the sum e of the row that it computes,
+subtracts e sum(p k) from dq / scale, and adds e to the delta that dk and dv are computed with: see docs/decisions/0016.
 """
 
 import triton
@@ -14,19 +18,22 @@ from .parts import is_kept, load_rows, of_weights, scores, store_rows, unit, wei
 
 @triton.jit
 def _dq_blocks(
-    dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, begin, end,
+    dq, mean, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, begin, end,
     L, S, D, DV, GROUP, scale, keep, unkeep, part,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
     BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
-    LATER: tl.constexpr, OF_KEYS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
-    TILE_V: tl.constexpr,
+    LATER: tl.constexpr, OF_KEYS: tl.constexpr, DQ: tl.constexpr, CENTRED: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
+    """Take the keys from `begin` to `end` into dq / scale, with DQ, and with CENTRED into the sum of ds and the mean of the keys
+    by their weights, which dq alone needs."""
     factor = unit(scale, LATER)
+    inside = (first_m + tl.arange(0, TILE_M) < L)[:, None]
     for first_n in range(begin, end, TILE_N):
         k_tile = load_rows(k, b, h // GROUP, first_n, S, D, k_b, k_h, k_n, k_d, not BOUNDS, BOXES, TILE_N, TILE_D)
         v_tile = load_rows(v, b, h // GROUP, first_n, S, DV, v_b, v_h, v_n, v_d, not BOUNDS, BOXES, TILE_N, TILE_V)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION, out_dtype=dq.dtype)
-        dp = tl.dot(dy, v_tile.T, input_precision=PRECISION, out_dtype=dq.dtype)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION, out_dtype=delta.dtype)
+        dp = tl.dot(dy, v_tile.T, input_precision=PRECISION, out_dtype=delta.dtype)
         # Keys outside must be masked although they were loaded as 0: exp(0 - lse) may be inf, and inf * 0 is NaN.
         s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                    BOUNDS, CAUSAL, False, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
@@ -37,8 +44,14 @@ def _dq_blocks(
             kept = is_kept(seed, bh, first_m, first_n, L, S, keep, TILE_M, TILE_N)
             dp = tl.where(kept, dp * unkeep, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION, out_dtype=dq.dtype)
-    return dq
+        if CENTRED:
+            excess += tl.sum(tl.where(inside, ds, 0.0), axis=1)  # see kernels/batch_norm/whole.py
+        if DQ:
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION, out_dtype=dq.dtype)
+            if CENTRED:  # excess is small: of what it is multiplied by, a few digits are enough
+                rough: tl.constexpr = "tf32" if PRECISION == "tf32x3" else PRECISION
+                mean = tl.dot(p, k_tile, mean, input_precision=rough, out_dtype=mean.dtype)
+    return dq, mean, excess
 
 
 @triton.jit(do_not_specialize=["keep"])
@@ -70,8 +83,12 @@ def attention_dq_kernel(
     row = tl.cast(bh, tl.int64) * L + m
     if more_ptr is not None:
         delta += tl.load(more_ptr + row, mask=m < L, other=0.0)
-    tl.store(delta_ptr + row, delta, mask=m < L)
-    if dq_ptr is not None:
+    # In 16 bits the operands' own rounding is larger than what centring mends, and so it is in TF32.
+    CENTRED: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth >= 32 and PRECISION != "tf32"
+    DQ: tl.constexpr = dq_ptr is not None
+    if not CENTRED:
+        tl.store(delta_ptr + row, delta, mask=m < L)
+    if DQ or CENTRED:
         q = load_rows(q_ptr, b, h, first_m, L, D, q_b, q_h, q_m, q_d, False, 0, TILE_M, TILE_D)
         lse = tl.load(lse_ptr + row, mask=m < L, other=float("inf"))
         if mask_ptr is not None:
@@ -86,15 +103,23 @@ def attention_dq_kernel(
             end = min(S, first_m + TILE_M)
             full = min(full, (first_m + 1) // TILE_N * TILE_N)
         dq = tl.zeros((TILE_M, TILE_D), ACC)
-        dq = _dq_blocks(
-            dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, 0, full, L, S, D, DV, GROUP,
-            scale, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
-            False, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
-        dq = _dq_blocks(
-            dq, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, full, end, L, S, D, DV, GROUP,
-            scale, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
-            True, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
-        store_rows(dq_ptr, dq * scale, b, h, first_m, L, D, dq_b, dq_h, dq_m, dq_d, TILE_M, TILE_D)
+        mean = tl.zeros((TILE_M, TILE_D), ACC)
+        excess = tl.zeros((TILE_M,), ACC)
+        dq, mean, excess = _dq_blocks(
+            dq, mean, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, 0, full, L, S, D, DV,
+            GROUP, scale, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
+            False, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, DQ, CENTRED,
+            TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
+        dq, mean, excess = _dq_blocks(
+            dq, mean, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, full, end, L, S, D, DV,
+            GROUP, scale, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
+            True, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, DQ, CENTRED,
+            TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
+        if CENTRED:
+            tl.store(delta_ptr + row, delta + excess, mask=m < L)
+            dq -= excess[:, None] * mean
+        if DQ:
+            store_rows(dq_ptr, dq * scale, b, h, first_m, L, D, dq_b, dq_h, dq_m, dq_d, TILE_M, TILE_D)
 
 
 @triton.jit
