@@ -59,7 +59,7 @@ def attention_forward(
 
     Without a mask, more than one query attends as `is_causal` says or, where that is None, `module.is_causal` (True if there is
     no such attribute). Heads that share keys aren't repeated, with a mask or without one. What the kernels don't take goes to
-    torch's function, and `fastlayers.explain` tells why: a `position_bias` that requires grad, for instance, as T5 trains it.
+    torch's function, and `fastlayers.explain` tells why. A `position_bias` may require grad, as T5 trains it.
     Dropout chooses other weights than torch. Other keyword arguments are ignored: a sliding window is in the mask.
 
     Shape: query (B, H, L, E), key (B, G, S, E) and value (B, G, S, Ev), where G is H / module.num_key_value_groups if the module

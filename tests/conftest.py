@@ -152,6 +152,7 @@ def small_tiles() -> Iterator[None]:
         layer_norm=Tile(2, 16), cross_entropy=Tile(2, 4, 2), cross_entropy_grad=Tile(2, 16),
         fold=Tile(2, 16), pool=Tile(32, 2), pool_large=Tile(2, 16),
         attention=Tile(16, 32), attention_dq=Tile(16, 16), attention_dkdv=Tile(16, 32), attention_weights=Tile(16, 32),
+        attention_mask_grad=Tile(16, 32, 16),
         batch_norm=Tile(4, 16), batch_norm_merge=Tile(4, 8), batch_norm_whole=Tile(1, 64),
         cosine_rows=Tile(2, 16), cosine_columns=Tile(4, 8), cosine_shares=Tile(4, 4),
     )  # fmt: skip

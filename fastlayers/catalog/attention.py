@@ -56,11 +56,12 @@ ROWS = (
     Row(
         "scaled_dot_product_attention",
         "any number of heads and positions, up to 256 features; heads anywhere in memory; masks of booleans or numbers that "
-        "are broadcast in any way, is_causal with any sizes, scale, dropout, enable_gqa; the weights are never written; for few "
-        "queries, as in decoding, programs share the keys out, and heads of a group read them once",
-        "heads without features, with more than 256, or in float64 with more than 128; a mask that requires grad; a mask for "
-        "more than four dimensions; groups of heads beside other dimensions that are broadcast; one of torch's own kernels "
-        "that somebody chose by sdpa_kernel",
+        "are broadcast in any way, and the gradient of numbers; is_causal with any sizes, scale, dropout, enable_gqa; the "
+        "weights are never written; for few queries, as in decoding, programs share the keys out, and heads of a group read "
+        "them once",
+        "heads without features, with more than 256, or in float64 with more than 128; a mask for more than four dimensions; "
+        "groups of heads beside other dimensions that are broadcast; one of torch's own kernels that somebody chose by "
+        "sdpa_kernel",
         operation=_attention,
         scale=1,
         function="scaled_dot_product_attention",
@@ -68,6 +69,7 @@ ROWS = (
             "Llama-3-8B, 4096 tokens, causal": _attend(*_heads(1, 32, 4096, 128, 8), is_causal=True, enable_gqa=True),
             "GPT-2, 8 x 1024 tokens, causal": _attend(*_heads(8, 12, 1024, 64), is_causal=True),
             "ViT-B, 64 images": _attend(*_heads(64, 12, 197, 64)),
+            "Swin-T, 4096 windows, a bias that is learned": _attend(*_heads(4096, 3, 49, 32), (1, 3, 49, 49)),
             "Llama-3-8B, a token after 8192": _attend((1, 32, 1, 128), *[(1, 8, 8192, 128)] * 2, enable_gqa=True),
         },
         cases=dict(
@@ -79,6 +81,8 @@ ROWS = (
             decoding=_attend(
                 (1, 4, 3, 12), (1, 2, 600, 12), (1, 2, 600, 12), Allowed((1, 1, 3, 600), 4), enable_gqa=True
             ),
+            bias=_attend((2, 4, 20, 16), (2, 2, 37, 16), (2, 2, 37, 16), (1, 4, 20, 37), enable_gqa=True),
+            of_keys=_attend((2, 2, 20, 12), (2, 2, 37, 12), (2, 2, 37, 12), (2, 1, 1, 37)),
             few=_attend((3, 2, 1, 7), (3, 1, 18, 7), (3, 1, 18, 7), scale=-0.5),
         ),
     ),

@@ -96,10 +96,10 @@ class ScaledDotProductAttention(Attention):
 
     def backward(self, grads: Any, dy: Named, saved: Named, options: Options, precision: str) -> None:
         dy_, q, k, v, output = map(_heads, (dy.output, saved.query, saved.key, saved.value, saved.output))
-        gradients = [None if g is None else _heads(g) for g in (grads.query, grads.key, grads.value)]
+        *gradients, d_mask = [None if g is None else _heads(g) for g in grads[:4]]
         kernels.attention_grad(
             dy_, q, k, v, _mask(saved.attn_mask), saved.seed, output, saved.lse.reshape(q.shape[:-1]), *gradients,
-            precision=precision, **_words(options),
+            precision=precision, d_mask=d_mask, **_words(options),
         )  # fmt: skip
 
     def differentiate(self, dy: Named, saved: Named, like: Any, options: Options, needs: Needs) -> Tensors:
@@ -108,16 +108,16 @@ class ScaledDotProductAttention(Attention):
         wanted: list[Any] = []
         given: list[Any] = []
         with torch.enable_grad(), torch.autocast(dy.output.device.type, enabled=False):
-            for t, need in zip((saved.query, saved.key, saved.value), needs, strict=False):
-                given.append(t.detach().requires_grad_() if need and not t.requires_grad else t.view_as(t))
+            for t, need in zip((saved.query, saved.key, saved.value, saved.attn_mask), needs, strict=False):
+                given.append(
+                    t.detach().requires_grad_() if need and not t.requires_grad else None if t is None else t.view_as(t)
+                )
                 wanted += [given[-1]] if need else []
-            query, key, value = given
+            query, key, value, mask = given
             if options.enable_gqa:
                 group = query.shape[-3] // key.shape[-3]
                 key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-            y, _ = formula(
-                query, key, value, saved.attn_mask, saved.seed, options.dropout_p, options.is_causal, options.scale
-            )
+            y, _ = formula(query, key, value, mask, saved.seed, options.dropout_p, options.is_causal, options.scale)
             found = iter(torch.autograd.grad(y.to(dy.output.dtype), wanted, dy.output, create_graph=create_graph))
         return [next(found) if need else None for need in needs]
 
@@ -179,7 +179,6 @@ def flash_enabled() -> bool:
 
 
 WIDTHS = "heads without features, with more than 256, or in float64 with more than 128"
-LEARNED = "a mask that requires grad"
 CHOSEN = "one of torch's own kernels that somebody chose by sdpa_kernel"
 """Reasons."""
 
@@ -219,9 +218,7 @@ def _reason_against_mask(query: Any, key: Any, mask: Any, heads: tuple[int, ...]
     )
     if not fits or mask.dtype not in (torch.bool, torch.float32, autocast.dtype_after(probe, query)):
         return BadInput(f"a mask {tuple(mask.shape)} of {mask.dtype} for {full}")
-    if len(full) > 4:
-        return "a mask for more than four dimensions"
-    return LEARNED if mask.requires_grad else None
+    return "a mask for more than four dimensions" if len(full) > 4 else None
 
 
 def _reason_against(
@@ -268,7 +265,7 @@ def scaled_dot_product_attention(
         and sums in float32 (float64); float32 products obey torch.backends.cuda.matmul.fp32_precision, and strict ones take
         three products of tensor cores each on NVIDIA's GPUs. Under autocast, as torch.
     Runs on Triton when: all tensors are plain ones on one GPU (or Triton interprets), E and Ev are at most 256 (in float64 128),
-        the mask doesn't require grad and isn't given beside is_causal, and torch's flash attention isn't disabled by sdpa_kernel.
+        the mask isn't given beside is_causal, and torch's flash attention isn't disabled by sdpa_kernel.
     Raises: what torch raises.
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html; Dao,
         "FlashAttention-2", arXiv:2307.08691; here the backward has a kernel for dq of its own instead of atomic additions.

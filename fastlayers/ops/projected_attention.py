@@ -77,8 +77,6 @@ class ProjectedAttention(attention.Attention):
         if features == 0 or attention.too_wide(features, t.query.dtype):
             return attention.WIDTHS
         mask = t.attn_mask
-        if mask is not None and mask.requires_grad:
-            return attention.LEARNED
         if mask is not None:
             dtype = autocast.dtype_after(attention.probe, t.query)
             wrong = options.weights != "" and mask.dtype != dtype and not _torch.any_autocast()
@@ -132,7 +130,7 @@ class ProjectedAttention(attention.Attention):
         kernels.attention_grad(
             in_heads(dy_, heads, batch), q, k, v, saved.attn_mask, saved.seed, in_heads(output, heads, batch), saved.lse,
             *gradients, causal=options.is_causal, dropout=options.dropout_p, scale=None, precision=precision,
-            d_weights=dy.weights,
+            d_mask=grads.attn_mask, d_weights=dy.weights,
         )  # fmt: skip
 
     def differentiate(self, dy: Named, saved: Named, like: Any, options: Options, needs: Needs) -> Tensors:
@@ -141,7 +139,7 @@ class ProjectedAttention(attention.Attention):
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad(), torch.autocast(some.device.type, enabled=False):
             given: list[Any] = []
-            for t, need in zip((saved.query, saved.key, saved.value), needs, strict=False):
+            for t, need in zip((saved.query, saved.key, saved.value, saved.attn_mask), needs, strict=False):
                 given.append(
                     None if t is None else t.detach().requires_grad_() if need and not t.requires_grad else t.view_as(t)
                 )
@@ -149,7 +147,7 @@ class ProjectedAttention(attention.Attention):
             q, k, v = _three(given[0], given[1], given[2], options.heads, options.batch, _held(saved.key, saved.value))
             empty = math.nan if options.empty_is_nan else 0.0
             y, weights = attention.formula(
-                q, k, v, saved.attn_mask, saved.seed, options.dropout_p, options.is_causal, None, empty
+                q, k, v, given[3], saved.seed, options.dropout_p, options.is_causal, None, empty
             )
             weights = weights.mean(1) if options.weights == "mean" else weights
             pairs = []

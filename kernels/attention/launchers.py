@@ -7,11 +7,13 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..reduce import sum_partials
 from ..runtime import launch, tiles
 from ..runtime.tiles import Tile, cdiv
 from . import tiles as picks
 from .forward import attention_kernel
 from .gradients import attention_dkdv_kernel, attention_dq_kernel, dropout_factors_kernel
+from .mask_grad import attention_mask_grad_kernel
 from .shares import attention_merge_kernel, attention_shares_kernel
 from .weights import attention_weights_delta_kernel, attention_weights_kernel
 
@@ -238,11 +240,13 @@ def attention_grad(
     dropout: float,
     scale: float | None,
     precision: str,
+    d_mask: torch.Tensor | None = None,
     d_weights: torch.Tensor | None = None,
 ) -> None:
     """The gradients of `attention` and of `attention_weights`, each unless it is None.
 
-    Shape: as there, with dy as its out and d_weights as its weights.
+    Shape: as there, with dy as its out and d_weights as its weights; d_mask as the mask, in four dimensions, each of any size
+        that is expanded.
     """
     q, k, v, out, dy = map(_near, (q, k, v, out, dy))
     lse = lse.contiguous()
@@ -273,6 +277,8 @@ def attention_grad(
         q, *operands, call.mask, seed, d_weights, more, out, dy, lse, delta, dq, *numbers, *strides,
         *out.stride(), *dy.stride(), *(none if dq is None else dq.stride()), **meta,
     )  # fmt: skip
+    if d_mask is not None:
+        _mask_grad(d_mask, call, (q, k, v), seed, d_weights, dy, lse, delta, numbers, dws)
     if dk is None and dv is None:
         return
     tile, order, meta = _tile("attention_dkdv", call, dropout, k, q, dy, plain=plain)
@@ -284,6 +290,48 @@ def attention_grad(
         k, v, operands[0], call.mask, seed, d_weights, operands[1], lse, delta, dk, dv, *numbers, *strides,
         *dy.stride(), *(none if dk is None else dk.stride()), *(none if dv is None else dv.stride()), **meta,
     )  # fmt: skip
+
+
+def _mask_grad(
+    d_mask: torch.Tensor,
+    call: _Call,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    seed: torch.Tensor | None,
+    d_weights: torch.Tensor | None,
+    dy: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    numbers: tuple[Any, ...],
+    d_weights_strides: tuple[int, ...],
+) -> None:
+    """The gradient of a mask. Where its elements are few, several programs share the sum of each: they write partial sums that
+    lie as the gradient does, which is dense."""
+    b, own_h, rows, columns = d_mask.shape
+    h, l, s, _ = call.sizes
+    device = tiles.device(dy.device)
+    tile = picks.mask_tile(dy.dtype, device)
+    meta = {name: call.meta[name] for name in ("D", "DV", "PRECISION", "OF_KEYS", "ACC")}
+    features = min(tile.k, max(call.meta["TILE_D"], call.meta["TILE_V"]))
+    sum_m, sum_n = rows == 1, columns == 1
+    tiles_m, tiles_n = cdiv(l, tile.m), cdiv(s, tile.n)
+    heads = h // max(own_h, 1)
+    steps = qkv[0].shape[0] // max(b, 1) * heads * (tiles_m if sum_m else 1) * (tiles_n if sum_n else 1)
+    tiles_m, tiles_n = 1 if sum_m else tiles_m, 1 if sum_n else tiles_n
+    programs = b * own_h * tiles_m * tiles_n
+    shares = picks.mask_shares(programs, steps, device)
+    out, step = d_mask, cdiv(steps, shares)
+    if shares > 1:
+        out = launch.empty((shares, d_mask.numel()), dtype=lse.dtype, device=dy.device)
+    launch.launch(
+        attention_mask_grad_kernel, programs * shares,
+        *qkv, call.mask, seed, d_weights, dy, lse, delta, out, *numbers,
+        own_h, tiles_m, tiles_n, heads, steps, shares, step, d_mask.numel(),
+        *[stride for x in qkv for stride in x.stride()], *call.masks, *d_weights_strides, *dy.stride(), *d_mask.stride(),
+        SUM_M=sum_m, SUM_N=sum_n, **meta, TILE_M=tile.m, TILE_N=tile.n, TILE_K=features, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    if shares > 1:
+        sum_partials(out, d_mask.as_strided((d_mask.numel(),), (1,)))
 
 
 def _per_head(weights: torch.Tensor, heads: int) -> tuple[torch.Tensor, float]:

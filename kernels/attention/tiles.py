@@ -56,6 +56,13 @@ _WEIGHTS = {
 }
 _TABLES = {"attention": _FORWARD, "attention_dq": _DQ, "attention_dkdv": _DKDV, "attention_weights": _WEIGHTS}
 
+_MASK_GRAD = {
+    "16": Tile(64, 64, 32, warps=8, stages=2),
+    "32": Tile(32, 16, 32, warps=8, stages=1),
+    "64": Tile(16, 16, 32, warps=4, stages=1),
+}
+"""k features at a time."""
+
 # Through descriptors, "16" alone.
 _BOXES = {
     "attention": {
@@ -179,3 +186,19 @@ def shares(
     # Programs with more queries each fetch their keys faster, where there are enough of them.
     idle = 4 * batch * heads * cdiv(queries, 128) <= device.multiprocessors
     return Shares(tile, found) if idle and found > 1 else None
+
+
+def mask_tile(dtype: torch.dtype, device: Device) -> Tile:
+    """The tile of the gradient of a mask."""
+    picked = _MASK_GRAD[{2: "16", 4: "32", 8: "64"}[dtype.itemsize]]
+    if device.architecture == "interpreter":
+        picked = Tile(128, 128, WIDEST)
+    return ask("attention_mask_grad", lambda: (picked,)) or picked
+
+
+def mask_shares(programs: int, steps: int, device: Device) -> int:
+    """How many programs share each sum of the gradient of a mask, where there are so many sums of so many steps: as many as make
+    two programs for each multiprocessor, with at least four steps each."""
+    picked = max(1, min(2 * device.multiprocessors // max(programs, 1), steps // 4))
+    forced: int | None = ask("attention_mask_shares", lambda: (1, 2))
+    return picked if forced is None else forced
