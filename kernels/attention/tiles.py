@@ -57,7 +57,7 @@ _WEIGHTS = {
 _TABLES = {"attention": _FORWARD, "attention_dq": _DQ, "attention_dkdv": _DKDV, "attention_weights": _WEIGHTS}
 
 _MASK_GRAD = {
-    "16": Tile(64, 64, 32, warps=8, stages=2),
+    "16": Tile(64, 32, 32, warps=8, stages=2),
     "32": Tile(32, 16, 32, warps=8, stages=1),
     "64": Tile(16, 16, 32, warps=4, stages=1),
 }
