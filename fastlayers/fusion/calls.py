@@ -1,13 +1,12 @@
-"""Functions in place of those that a forward calls, where no graph of it can be made: the forward runs as its author wrote it, as a
-copy of its code in which a call `f(x)` is `chosen(f)(x)`. What `f` is is looked up when it is called, as ever: a function of
+"""Functions in place of those that a forward calls, where no graph of it can be made. The forward runs as its author wrote it, as
+a copy of its code in which a call `f(x)` is `chosen(f)(x)`. What `f` is is looked up when it is called, as ever: a function of
 torch.nn.functional gives ours, one that computes rotary embedding gives ours, another one of somebody's own gives its copy.
 
-Nothing else differs: variables, branches, caches and arguments are the author's, and the copy shares the function's global variables
-and those around it. The function itself isn't touched.
+Nothing else differs: variables, branches, caches and arguments are the author's, and the copy shares the function's global
+variables and those around it. The function itself isn't touched.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .. import _originals
+from .. import _originals, _torch
 from . import rotary, source
 from .state import MISSING, found_on_class
 
@@ -39,7 +38,8 @@ class _Copy(NamedTuple):
     defaults: Any
     named_defaults: Any
     function: Any
-    """The copy; the function itself, where a copy would be the same."""
+    """The copy, or ours; None where a copy would be the same: if it were the function itself, the dictionary would keep it."""
+    is_ours: bool
 
 
 _copies: weakref.WeakKeyDictionary[types.FunctionType, _Copy] = weakref.WeakKeyDictionary()
@@ -58,13 +58,19 @@ def chosen(function: Any) -> Any:
 
 
 def _copied(function: types.FunctionType) -> Any:
+    return _entry(function).function or function
+
+
+def _entry(function: types.FunctionType) -> _Copy:
     found = _copies.get(function)
     given = function.__code__, function.__defaults__, function.__kwdefaults__
-    if found is None or any([one is not other for one, other in zip(found, given, strict=False)]):
-        made = (rotary.ours(function) or _made(function) or function) if source.is_readable(function) else function
-        # Only a copy is kept: a dictionary that held the function itself would keep it for ever.
-        found = _copies[function] = _Copy(*given, None if made is function else made)
-    return function if found.function is None else found.function
+    if found is not None and all([one is other for one, other in zip(found, given, strict=False)]):
+        return found
+    if not source.is_readable(function) or not _torch.unseen():
+        return _Copy(*given, None, False)
+    ours = rotary.ours(function)
+    found = _copies[function] = _Copy(*given, ours or _made(function), ours is not None)
+    return found
 
 
 # --- the copy -------------------------------------------------------------------------------------------------------------
@@ -97,7 +103,8 @@ def _made(function: types.FunctionType) -> types.FunctionType | None:
     if hasattr(code, "co_qualname"):  # from Python 3.11
         inner = inner.replace(co_qualname=code.co_qualname)
     made = types.FunctionType(inner, function.__globals__, function.__name__, function.__defaults__, closure)
-    made.__kwdefaults__, made.__qualname__, made.__doc__ = function.__kwdefaults__, function.__qualname__, function.__doc__
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made.__doc__ = function.__doc__
     made.__module__ = function.__module__
     vars(made).update(vars(function))
     return made
@@ -114,11 +121,13 @@ def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
         tree = source.tree(function)
     except source.NotFound:
         return None
-    code = function.__code__
-    names = {*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars}
-    private = any([name.startswith("__") and not name.endswith("__") for name in names])
-    mangled = any([name.startswith("_") and "__" in name[1:] and not name.endswith("__") for name in names])
-    if not isinstance(tree, ast.FunctionDef) or private or mangled or names & {_NAME, *_FRAMES}:
+    names = {
+        name
+        for code in (function.__code__, *source.codes(function.__code__))
+        for name in (*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars)
+    }
+    private = any(["__" in name and not name.endswith("__") for name in names])
+    if not isinstance(tree, ast.FunctionDef) or private or names & {_NAME, *_FRAMES}:
         return None
     return copy.deepcopy(tree)
 
@@ -167,7 +176,7 @@ def _named(function: types.FunctionType, node: ast.AST, variables: set[str]) -> 
     """What a name, or names with dots of modules, stand for now; MISSING where that is only known at a call."""
     if isinstance(node, ast.Attribute):
         owner = _named(function, node.value, variables)
-        return getattr(owner, node.attr, MISSING) if isinstance(owner, types.ModuleType) else MISSING
+        return vars(owner).get(node.attr, MISSING) if isinstance(owner, types.ModuleType) else MISSING
     if not isinstance(node, ast.Name) or node.id in variables:
         return MISSING
     code = function.__code__
@@ -193,8 +202,8 @@ def _is_somebodys(value: Any) -> bool:
 
 
 def leads(module: nn.Module) -> bool:
-    """Whether a module's forward leads to a function of ours, or may: it calls a variable into which it has put a function of which
-    only a call knows which it is, as those that look an implementation up by its name."""
+    """Whether a module's forward leads to a function of ours, or may: it calls a property, or a variable into which it has put
+    what is computed from a global one, as those do that look an implementation up by its name."""
     forward = found_on_class(type(module), "forward")
     return isinstance(forward, types.FunctionType) and _leads(forward, module, set())
 
@@ -203,7 +212,7 @@ def _leads(function: types.FunctionType, module: nn.Module | None, seen: set[int
     if id(function) in seen or not _is_somebodys(function):
         return False
     seen.add(id(function))
-    if rotary.ours(function) is not None:
+    if _entry(function).is_ours:
         return True
     tree = _tree(function)
     for node, kind, value in () if tree is None else _sites(function, tree):

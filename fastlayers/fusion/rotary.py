@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from .. import _torch
 from ..ops.rotary import _rotary_embedding, rotary_embedding
 from . import trace
 
@@ -51,10 +51,10 @@ def apply_rotary_pos_emb(
 def ours(function: types.FunctionType) -> Callable[..., Any] | None:
     """Ours for one of q, k, cos, sin and, maybe, unsqueeze_dim; None if it isn't one that computes rotary embedding.
 
-    The function isn't run: what is compared is what its graph gives for small random tensors, which also shows which features it
+    The function isn't run: what is compared is what its graph gives for small tensors, which also shows which features it
     pairs. Calls with other arguments, and all calls when something that its graph was made of has changed, go to the function.
     """
-    if [*inspect.signature(function).parameters][2:4] != ["cos", "sin"] or not _torch.unseen():
+    if [*inspect.signature(function).parameters][2:4] != ["cos", "sin"]:
         return None
     try:
         graph, looked = trace.of_function(function, 4)
@@ -74,8 +74,7 @@ def _computes(function: Callable[..., Any], size: int, interleaved: bool, repeat
     """Whether it gives what ours does for so many turned features of 8, and writes into nothing that it is given. If there are
     fewer features, it may raise an error."""
     shapes = (2, 3, 5, 8), (2, 1, 5, 8), (2, 5, size), (2, 5, size)
-    generator = torch.Generator().manual_seed(0)  # the process's own isn't touched
-    q, k, cos, sin = (torch.randn(s, generator=generator, dtype=torch.float32, device="cpu") for s in shapes)
+    q, k, cos, sin = (_sample(shape, i) for i, shape in enumerate(shapes))
     angles = [_repeated(t) if repeated else t for t in (cos, sin)]
     expected = _rotary_embedding.reference(q, k, *angles, interleaved=interleaved)
     given = [t.clone() for t in (q, k, cos, sin)]
@@ -90,6 +89,12 @@ def _computes(function: Callable[..., Any], size: int, interleaved: bool, repeat
     pairs = [*zip(results, expected, strict=True)]
     alike = all([isinstance(y, torch.Tensor) and y.shape == right.shape for y, right in pairs])
     return alike and all([torch.allclose(y, right, atol=1e-5) for y, right in pairs])
+
+
+def _sample(shape: tuple[int, ...], which: int) -> torch.Tensor:
+    """Numbers without a pattern, of no generator: its numbers would be missing from somebody's sequence, and vmap refuses it."""
+    numbers = torch.arange(math.prod(shape), dtype=torch.float32, device="cpu")
+    return (numbers.square() * 0.7 + which).sin().view(shape)
 
 
 def _repeated(angles: torch.Tensor) -> torch.Tensor:
