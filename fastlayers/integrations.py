@@ -202,7 +202,7 @@ def replace_rotary(model: torch.nn.Module) -> Replaced:
             train(model)
         print(replaced.names)  # transformers.models.llama.modeling_llama.apply_rotary_pos_emb
 
-    A function is recognised by its results for small random tensors, which also show which features it pairs. Calls with other
+    A function is recognised by what its source computes of small tensors, which shows which features it pairs. Calls with other
     arguments than q, k, cos, sin and unsqueeze_dim go to the original function. Models of the same file share the function,
     so they change too. Tried with transformers 5.24 without the `kernels` package.
 

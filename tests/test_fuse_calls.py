@@ -306,6 +306,10 @@ def test_what_somebody_replaces_is_called(model: Model, x: torch.Tensor, monkeyp
     assert ops(ours, x) == [TURNED, ATTENTION]
 
 
+def several(x: torch.Tensor, times: int) -> torch.Tensor:
+    return x if times == 0 or x.sum() > 1e9 else several(F.gelu(x), times - 1)
+
+
 class Base(nn.Module):
     """Whose methods, and those of its parent, lead to a function; decides by data, so that no graph is made."""
 
@@ -361,6 +365,11 @@ class PrivateNamesWithin(Base):
         return F.gelu(own(self.linear(x))) if x.sum() < 1e9 else x
 
 
+class CallsAFunctionThatCallsItself(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return several(self.linear(x), 2)
+
+
 class CallsNothingOfOurs(Base):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in (self.linear, abs):
@@ -372,6 +381,7 @@ class CallsNothingOfOurs(Base):
     ("kind", "found"),
     [
         (Base, ["gelu"]), (Derived, ["gelu", "silu"]), (WithLoss, ["mse_loss"]),
+        (CallsAFunctionThatCallsItself, ["gelu", "gelu"]),
         (SeesItsVariables, None), (PrivateNames, None), (PrivateNamesWithin, None), (CallsNothingOfOurs, None),
     ],
 )  # fmt: skip

@@ -38,11 +38,14 @@ class _Copy(NamedTuple):
     defaults: Any
     named_defaults: Any
     function: Any
-    """The copy, or ours; None where a copy would be the same: if it were the function itself, the dictionary would keep it."""
+    """The copy, or ours; None where a copy would be the same."""
     is_ours: bool
+    of: Any
+    """A weak reference to the function, which takes this away with it."""
 
 
-_copies: weakref.WeakKeyDictionary[types.FunctionType, _Copy] = weakref.WeakKeyDictionary()
+_copies: dict[int, _Copy] = {}
+"""By the function's identity: a WeakKeyDictionary took several times as long."""
 
 
 def chosen(function: Any) -> Any:
@@ -62,14 +65,16 @@ def _copied(function: types.FunctionType) -> Any:
 
 
 def _entry(function: types.FunctionType) -> _Copy:
-    found = _copies.get(function)
-    given = function.__code__, function.__defaults__, function.__kwdefaults__
-    if found is not None and all([one is other for one, other in zip(found, given, strict=False)]):
+    code, defaults, named = function.__code__, function.__defaults__, function.__kwdefaults__
+    key = id(function)
+    found = _copies.get(key)
+    if found is not None and found.code is code and found.defaults is defaults and found.named_defaults is named:
         return found
     if not source.is_readable(function) or not _torch.unseen():
-        return _Copy(*given, None, False)
+        return _Copy(code, defaults, named, None, False, None)
     ours = rotary.ours(function)
-    found = _copies[function] = _Copy(*given, ours or _made(function), ours is not None)
+    of = weakref.ref(function, lambda _: _copies.pop(key, None))
+    found = _copies[key] = _Copy(code, defaults, named, ours or _made(function), ours is not None, of)
     return found
 
 
@@ -85,8 +90,8 @@ def _made(function: types.FunctionType) -> types.FunctionType | None:
     code = function.__code__
     for node, _, _ in sites:
         node.func = ast.Call(ast.Name(_NAME, ast.Load()), [node.func], [])
-    # What is evaluated where a function is defined isn't part of its code.
-    tree.decorator_list, tree.returns = [], None
+    # What is evaluated where a function is defined isn't part of its code. Its own name may be that of a global variable.
+    tree.decorator_list, tree.returns, tree.name = [], None, f"{_NAME}_copy"
     tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
     tree.args.kw_defaults = [default and ast.Constant(None) for default in tree.args.kw_defaults]
     for argument in ast.walk(tree.args):
@@ -100,8 +105,8 @@ def _made(function: types.FunctionType) -> types.FunctionType | None:
     (inner,) = _codes_in(*_codes_in(compiled))
     cells = {_NAME: types.CellType(chosen), **dict(zip(code.co_freevars, function.__closure__ or (), strict=True))}
     closure = tuple([cells[name] for name in inner.co_freevars])
-    if hasattr(code, "co_qualname"):  # from Python 3.11
-        inner = inner.replace(co_qualname=code.co_qualname)
+    named: Any = {name: getattr(code, name) for name in ("co_name", "co_qualname") if hasattr(code, name)}
+    inner = inner.replace(**named)
     made = types.FunctionType(inner, function.__globals__, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
     made.__doc__ = function.__doc__
