@@ -165,15 +165,21 @@ class Way:
             yield
 
 
-def accelerated(whole: Whole, fuse: bool = False) -> Whole:
+def accelerated(whole: Whole) -> Whole:
     """Our layers, and our attention where the model is one of transformers."""
-    fastlayers.accelerate(whole, fuse=fuse)
+    fastlayers.accelerate(whole)
     if hasattr(whole.model, "set_attn_implementation"):
         transformers = package("transformers")
         masks = transformers.AttentionMaskInterface
         transformers.AttentionInterface.register("fastlayers", fastlayers.integrations.attention_forward)
         masks.register("fastlayers", masks()["sdpa"])
         whole.model.set_attn_implementation("fastlayers")
+    return whole
+
+
+def fused(whole: Whole) -> Whole:
+    """Our layers and what `fuse` finds, attention and rotary embedding among it."""
+    fastlayers.accelerate(whole, fuse=True)
     return whole
 
 
@@ -194,7 +200,7 @@ def _liger() -> Iterator[None]:
 WAYS: dict[str, Way] = {
     "eager": Way("torch", planned=True),
     "accelerate": Way("ours", accelerated, planned=True),
-    "fuse": Way("ours", functools.partial(accelerated, fuse=True), planned=True),
+    "fuse": Way("ours", fused, planned=True),
     "patched": Way("ours", accelerated, planned=True, around=fastlayers.patched),
     "Liger": Way("other", around=_liger, takes=lambda name, model: name == "Llama 1B", package="liger_kernel"),
     "compile": Way("torch", _compiled, tier=1),

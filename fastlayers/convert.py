@@ -99,8 +99,10 @@ def accelerate(
     an activation written out in torch's functions, `torch.addmm`, and functions of torch.nn.functional. The model's own
     forward is used if it can be analysed, otherwise those of its submodules. A fused module becomes an instance of a
     generated subclass with the same name. A graph is made for each combination of argument names and of arguments that are
-    None, a bool or a str, and made anew when something that it depends on changes (a flag, a hook, a child). The original
-    forward runs where no graph can be made, under torch.compile, and while hooks for all modules are registered.
+    None, a bool or a str, and made anew when something that it depends on changes (a flag, a hook, a child). Where no graph
+    can be made, a copy of the forward runs, and of the functions that it calls, which call ours in the place of
+    torch.nn.functional's and of functions for rotary embedding: attention that is looked up in a registry by a name, say. The
+    original forward runs under torch.compile, and while hooks for all modules are registered.
 
     Args:
         model: any module, with the layers somewhere in it.

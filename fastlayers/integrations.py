@@ -25,17 +25,16 @@ operators underneath, so that it also holds for code that was compiled before.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _kernels, draws
+from .fusion import rotary
+from .fusion.rotary import apply_rotary_pos_emb
 from .ops.attention import scaled_dot_product_attention
-from .ops.rotary import _rotary_embedding, rotary_embedding
 
 if TYPE_CHECKING or _kernels.MISSING is None:
     from .kernels.attention import launchers as kernels
@@ -175,35 +174,6 @@ def _flash_backward(
     return (*grads,)
 
 
-def apply_rotary_pos_emb(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    unsqueeze_dim: int = 1,
-    *,
-    interleaved: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fastlayers.functional.rotary_embedding` with the signature of transformers' functions of this name.
-
-    Rounded once, where theirs round three times in 16 bits. The results have q's and k's dtype also where cos and sin have
-    another one; some of theirs return float32 then, which attention under autocast rounds to the same numbers.
-
-    Shape: q (B, H, L, D) and k (B, G, L, D) or, with unsqueeze_dim=2, (B, L, H, D) and (B, L, G, D); cos and sin (B, L, R), where
-        B may be 1 and R at most D -> as q, as k.
-    Dtype: as rotary_embedding.
-
-    Args:
-        unsqueeze_dim: where q and k have their heads.
-        interleaved: as rotary_embedding's.
-    """
-    if unsqueeze_dim == 1:
-        return rotary_embedding(q, k, cos, sin, interleaved=interleaved)
-    q, k = (x.movedim(unsqueeze_dim, 1) for x in (q, k))
-    q, k = rotary_embedding(q, k, cos, sin, interleaved=interleaved)
-    return q.movedim(1, unsqueeze_dim), k.movedim(1, unsqueeze_dim)
-
-
 class Replaced:
     """Functions that were replaced, as "module.name" in `names`. `remove()`, or the end of a `with` block, puts them back."""
 
@@ -232,7 +202,7 @@ def replace_rotary(model: torch.nn.Module) -> Replaced:
             train(model)
         print(replaced.names)  # transformers.models.llama.modeling_llama.apply_rotary_pos_emb
 
-    A function is recognised by its results for small random tensors, which also show which features it pairs. Calls with other
+    A function is recognised by what its source computes of small tensors, which shows which features it pairs. Calls with other
     arguments than q, k, cos, sin and unsqueeze_dim go to the original function. Models of the same file share the function,
     so they change too. Tried with transformers 5.24 without the `kernels` package.
 
@@ -244,58 +214,9 @@ def replace_rotary(model: torch.nn.Module) -> Replaced:
         forward: Any = inspect.unwrap(cls.forward)
         for name in forward.__code__.co_names if isinstance(forward, types.FunctionType) else ():
             function = forward.__globals__.get(name)
-            if isinstance(function, types.FunctionType) and function.__globals__ is not globals():  # not ours already
-                ours = _rotary_like(function)
+            if isinstance(function, types.FunctionType):
+                ours = rotary.ours(function)
                 if ours is not None:
                     found.append((forward.__globals__, name, function, ours))
                     forward.__globals__[name] = ours
     return Replaced(found)
-
-
-def _rotary_like(function: types.FunctionType) -> Callable[..., Any] | None:
-    """Ours for one of q, k, cos, sin and, maybe, unsqueeze_dim; None if it isn't one that computes rotary embedding."""
-    if [*inspect.signature(function).parameters][2:4] != ["cos", "sin"]:
-        return None
-    for interleaved, repeated in ((False, False), (True, False), (True, True)):
-        if all([_computes(function, size, interleaved, repeated) for size in (8, 4)]):
-            return _calling(function, interleaved, repeated)
-    return None
-
-
-def _computes(function: Callable[..., Any], size: int, interleaved: bool, repeated: bool) -> bool:
-    """Whether it gives what ours does for so many turned features of 8, and writes into nothing that it is given. If there are
-    fewer features, it may raise an error."""
-    shapes = (2, 3, 5, 8), (2, 1, 5, 8), (2, 5, size), (2, 5, size)
-    generator = torch.Generator().manual_seed(0)  # the process's own isn't touched
-    q, k, cos, sin = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
-    angles = [_repeated(t) if repeated else t for t in (cos, sin)]
-    expected = _rotary_embedding.reference(q, k, *angles, interleaved=interleaved)
-    given = [t.clone() for t in (q, k, cos, sin)]
-    try:
-        results = function(q, k, cos, sin)
-    except Exception:
-        return size < 8
-    if not isinstance(results, tuple) or len(results) != 2:
-        return False
-    if not all([torch.equal(t, before) for t, before in zip((q, k, cos, sin), given, strict=True)]):
-        return False
-    pairs = [*zip(results, expected, strict=True)]
-    alike = all([isinstance(y, torch.Tensor) and y.shape == right.shape for y, right in pairs])
-    return alike and all([torch.allclose(y, right, atol=1e-5) for y, right in pairs])
-
-
-def _repeated(angles: torch.Tensor) -> torch.Tensor:
-    """The first half of the angles, each twice, as models with interleaved pairs make them of those of halves."""
-    return angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1)
-
-
-def _calling(function: Callable[..., Any], interleaved: bool, repeated: bool) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def rotated(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if k is None or args or kwargs.keys() - {"unsqueeze_dim"}:
-            return function(q, k, cos, sin, *args, **kwargs)
-        if repeated:
-            cos, sin = _repeated(cos), _repeated(sin)
-        return apply_rotary_pos_emb(q, k, cos, sin, interleaved=interleaved, **kwargs)
-
-    return rotated

@@ -92,7 +92,7 @@ MAY = {
     },
     "_namespace": set(),
     "nn": {"functional", "modules", "_namespace"},
-    "integrations": {"_kernels", "draws", "kernels", "ops.attention", "ops.rotary"},
+    "integrations": {"_kernels", "draws", "kernels", "ops.attention", "fusion.rotary"},
     "fusion": {"fusion", "ops", "dispatch", "functional", "_state", "_originals", "_torch", "_torch_functional"},
     "catalog": {"catalog", "modules", "ops", "fusion", "operation"},
     "convert": {"catalog", "dispatch", "fusion.local", "_state", "_originals"},

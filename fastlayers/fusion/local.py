@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx.proxy import TraceError
 
 from .._state import class_before
-from . import plan, trace
+from . import calls, plan, trace
 from .state import MISSING
 
 _GRAPHS = "_fused_graphs"
@@ -99,8 +99,10 @@ def class_after(cls: type[nn.Module]) -> type[nn.Module]:
             return cls.forward(self, *args, **kwargs)
         graphs: Any = self.__dict__.get(_GRAPHS)  # a module that was made from the generated class has none
         graph = None if graphs is None else graphs.of(self, args, kwargs)
-        if graphs is None or graph is None:
+        if graphs is None:
             return cls.forward(self, *args, **kwargs)
+        if graph is None:
+            return calls.chosen(cls.forward)(self, *args, **kwargs)
         inputs = [v for v in (*args, *kwargs.values()) if type(v) not in _CONSTANT]
         graph.__dict__["training"] = self.training
         result = type(graph).forward(graph, *inputs)
@@ -158,19 +160,18 @@ def candidates(model: nn.Module, allowed: set[int]) -> list[nn.Module]:
     of them is, or contains, a module that isn't allowed, by identity."""
     found: list[nn.Module] = []
     seen: set[int] = set()
-    waiting = [model]
+    waiting: list[tuple[nn.Module, frozenset[int]]] = [(model, frozenset())]
     while waiting:
-        module = waiting.pop()
+        module, read = waiting.pop()  # and the modules whose forwards are parts of a graph around it
         if id(module) in seen:
             continue
         seen.add(id(module))
-        graph = _guessed(module) if _may_change(module, allowed) else None
-        if graph is None:
-            waiting += [child for child in module._modules.values() if child is not None]
-        else:
-            found.extend([] if is_fused(module) else [module])
-            paths = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-            waiting += [module.get_submodule(path) for path in paths]
+        if id(module) not in read and _may_change(module, allowed):
+            graph = _guessed(module)
+            if graph is not None or (calls.leads(module) and _has_subclasses(type(module))):
+                found.extend([] if is_fused(module) else [module])
+            read = read if graph is None else read | graph._looked.forwards()
+        waiting += [(child, read) for child in module._modules.values() if child is not None]
     return found
 
 

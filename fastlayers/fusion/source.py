@@ -50,7 +50,7 @@ class _Functions:
     def __init__(self, text: str, filename: str):
         parsed = ast.parse(text)
         compiled = compile(text, filename, "exec", dont_inherit=True)
-        self.codes: set[CodeType] = set(_codes(compiled))
+        self.codes: set[CodeType] = set(codes(compiled))
         self.nodes = [node for node in ast.walk(parsed) if isinstance(node, ast.FunctionDef | ast.Lambda)]
 
 
@@ -62,11 +62,12 @@ def _functions(text: str, filename: str) -> _Functions | None:
         return None
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """Those of the functions within."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield constant
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
 def _first_line(node: Function) -> int:

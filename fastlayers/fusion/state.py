@@ -163,6 +163,10 @@ class Looked:
         """The forward of a module's class, as its author wrote it."""
         self._add(_written, module, "forward", _written(module, ""))
 
+    def forwards(self) -> frozenset[int]:
+        """The modules, by identity, whose calls are calls of their class's forward."""
+        return frozenset([id(e.owner) for e in self.entries if e.read is _forward])
+
     def global_hooks(self) -> None:
         """Whether there is a hook for all modules."""
         self._add(_global_hooks, None, "global hooks", _global_hooks(None, ""))

@@ -7,6 +7,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -136,6 +137,17 @@ def local(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], given:
     made = _module(module, interpreter.graph, interpreter.looked.of_itself(module), ())
     made.graph.owning_module = None
     return made
+
+
+def of_function(function: FunctionType, count: int) -> tuple[fx.Graph, Looked]:
+    """The graph of a function for calls with so many arguments, and what was looked at.
+
+    Raises:
+        TraceError: where the function stands in the way.
+    """
+    interpreter = Interpreter(nn.Module(), False, inplace)
+    interpreter.trace_function(function, count)
+    return interpreter.graph, interpreter.looked
 
 
 def _join(model: nn.Module, graph: fx.Graph, functions: bool = False) -> int:

@@ -11,6 +11,7 @@ from models import EXAMS, available, package
 from test_exam import TWINS, _auto, drawn, exactly, judge, same_bits, train, twin  # noqa: F401
 
 from fastlayers import integrations
+from fastlayers.fusion import rotary
 
 
 @pytest.mark.parametrize("name", ["llama", *[pytest.param(name, marks=pytest.mark.exam) for name in ("phi", "gemma")]])
@@ -50,7 +51,7 @@ def test_functions_of_other_models(name: str, turned: int, device: torch.device,
         pytest.skip("transformers isn't installed")
     package("transformers")
     theirs = importlib.import_module(f"transformers.models.{name}.modeling_{name}").apply_rotary_pos_emb
-    ours = integrations._rotary_like(theirs)
+    ours = rotary.ours(theirs)
     assert ours is not None
     angles = torch.randn(2, 5, turned, device=device)
     for heads in (1, 2):
