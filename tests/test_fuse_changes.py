@@ -444,6 +444,21 @@ def test_a_module_that_asks_for_its_class_keeps_it() -> None:
     torch.testing.assert_close(fastlayers.fuse(model)(x), expected)
 
 
+class LooksAtItsClass(Product):
+    factor = 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * type(self).factor
+
+
+def test_a_module_that_reads_what_its_class_has_is_fused() -> None:
+    model, x = LooksAtItsClass(), torch.randn(3, 4)
+    expected = model(x)
+    fastlayers.accelerate(model, fuse=True)
+    assert type(model) is not LooksAtItsClass
+    torch.testing.assert_close(model(x), expected)
+
+
 class Shifted(Product):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + 100

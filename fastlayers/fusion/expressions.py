@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from .._state import class_before
 from . import source
 from .state import ATOMS
 from .values import MethodOf, Text, call_method, has_mutable, has_node, is_known, join
@@ -250,6 +251,10 @@ class Expressions:
 
     def _compared(self, node: ast.Compare, op: ast.cmpop, left: Any, right: Any) -> Any:
         left, right = self.interpreter.concrete(left), self.interpreter.concrete(right)
+        own = class_before(type(self.interpreter.model)) if self.interpreter.in_place else None
+        if own is not None and (left is own or right is own):
+            # Where the graph can't be used, the forward runs as it is written, and would find the subclass.
+            raise self.refuse(node, "compares its own class, of which fusing in place makes a subclass")
         if isinstance(op, ast.Is | ast.IsNot):
             same = self.interpreter.is_same(self, node, left, right)
             return same if isinstance(op, ast.Is) else not same
