@@ -206,8 +206,9 @@ def _calling(
 
     @functools.wraps(function)
     def rotated(*args: Any, **kwargs: Any) -> Any:
-        words = dict(kwargs)
-        given = [*args, *[words.pop(name) for name in names[len(args) :] if name in words]]
+        words, given = dict(kwargs), args
+        if len(args) < 4:
+            given = (*args, *[words.pop(name) for name in names[len(args) :] if name in words])
         dim = words.pop("unsqueeze_dim", MISSING)
         read = known.get(dim) if dim is MISSING or type(dim) is int else None
         dims = [t.dim() if isinstance(t, torch.Tensor) else None for t in given]
@@ -227,15 +228,17 @@ def _calling(
             q, k = q.to(like.dtype), k.to(like.dtype)
         if repeated:
             cos, sin = _repeated(cos), _repeated(sin)
-        heads = 2 if dim == 2 else 1
-        tensors = q.transpose(1, heads), k.transpose(1, heads), cos, sin
+        if dim == 2:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        tensors = q, k, cos, sin
         turned = _rotary_embedding(tensors, interleaved, joined=True)
         if turned is None:
             reason = _rotary_embedding.reason_against(tensors, _rotary_embedding.options(interleaved))
             call = functools.partial(function, *args, **kwargs)
             return support.run_reference(_rotary_embedding.name, reason or "too large for this GPU", call)
-        y, z = turned[0].transpose(1, heads), turned[1].transpose(1, heads)
-        return (y.contiguous(), z.contiguous()) if like.contiguous else (y, z)
+        if dim == 2:
+            turned = turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+        return (turned[0].contiguous(), turned[1].contiguous()) if like.contiguous else turned
 
     return rotated
 
