@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_fuse_calls import _auto, apply_rotary, rotate_half  # noqa: F401
 
+import fastlayers
 from fastlayers.fusion import rotary
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -104,3 +105,122 @@ def test_heads_behind_positions(device: torch.device, launched: list[str]) -> No
     args = torch.randn(2, 5, 4, 8, device=device), torch.randn(2, 5, 2, 8, device=device), angles.cos(), angles.sin()
     torch.testing.assert_close(ours(*args, unsqueeze_dim=2), apply_rotary(*args, unsqueeze_dim=2))
     assert launched == ["_rotary_kernel"]
+
+
+# --- what only resembles it -----------------------------------------------------------------------------------------------
+
+
+def without_query_gradient(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return apply_rotary(q.detach(), k, cos, sin)
+
+
+def without_angle_gradient(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return apply_rotary(q, k, cos.detach(), sin)
+
+
+def limited(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    q, k = apply_rotary(q, k, cos, sin)
+    return q.clamp(-65504, 65504), k.clamp(-65504, 65504)
+
+
+def without_nan(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return apply_rotary(q.nan_to_num(), k, cos, sin)
+
+
+def for_eight_features(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    other = [torch.cat((-x[..., -4:], x[..., :-4]), -1) for x in (q, k)]
+    return q * cos + other[0] * sin, k * cos + other[1] * sin
+
+
+def for_several_positions(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return apply_rotary(q, k, cos.squeeze(1), sin.squeeze(1))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        without_query_gradient, without_angle_gradient, limited, without_nan, for_eight_features, for_several_positions,
+    ],
+)  # fmt: skip
+def test_functions_that_resemble_it(function: Any) -> None:
+    """They have other gradients, or the same numbers for some sizes alone."""
+    assert rotary.ours(function) is None
+
+
+def test_found_whatever_the_mode() -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert rotary.ours(apply_rotary) is not None
+
+
+# --- calls that the kernel doesn't take as the function does --------------------------------------------------------------
+
+
+def with_names(query: Any, key: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+    return apply_rotary(query, key, cos, sin, unsqueeze_dim)
+
+
+def of_heads_before(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+    """Whose unsqueeze_dim is a word without meaning."""
+    return apply_rotary(q, k, cos, sin)
+
+
+def with_longer_angles(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return apply_rotary(q, k, cos[:, : q.shape[2]], sin[:, : q.shape[2]])
+
+
+def in_float32(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return apply_rotary(q.float(), k.float(), cos, sin)
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+ANGLES = (2, 5, 8), (2, 5, 8)
+SQUARE = (2, 5, 5, 8), (2, 5, 5, 8)
+SHAPES = (2, 4, 5, 8), (2, 2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs"),
+    [
+        (with_names, [], dict(zip(("query", "key", "cos", "sin"), tensors(*SHAPES, *ANGLES), strict=True))),
+        (with_names, tensors(*SHAPES), dict(zip(("cos", "sin"), tensors(*ANGLES), strict=True))),
+        (of_heads_before, tensors(*SQUARE, *ANGLES), {"unsqueeze_dim": 2}),
+        (apply_rotary, tensors(*SQUARE, (2, 5, 1), (2, 5, 1)), {"unsqueeze_dim": 3}),
+        (with_longer_angles, tensors(*SHAPES, (2, 9, 8), (2, 9, 8)), {}),
+        (apply_rotary, tensors(*SHAPES, (2, 5, 1), (2, 5, 1)), {}),
+        (apply_rotary, tensors(*SHAPES, (2, 1, 8), (2, 1, 8)), {}),
+        (in_float32, tensors(*SHAPES, *ANGLES, dtype=torch.bfloat16), {}),
+        (partly, [t.transpose(1, 2) for t in tensors((2, 5, 4, 8), (2, 5, 2, 8))] + tensors((2, 5, 4), (2, 5, 4)), {}),
+        (apply_rotary, [t.to(torch.uint8) for t in tensors(*SHAPES)] + tensors(*ANGLES), {}),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_as_the_function_does(function: Any, args: list[Any], kwargs: dict[str, Any], device: torch.device) -> None:
+    ours: Any = rotary.ours(function)
+    assert ours is not None
+    args, kwargs = (
+        [t.to(device) for t in args],
+        {n: t.to(device) if n != "unsqueeze_dim" else t for n, t in kwargs.items()},
+    )
+    for one, right in zip(ours(*args, **kwargs), function(*args, **kwargs), strict=True):
+        assert one.dtype is right.dtype
+        assert one.stride() == right.stride()
+        torch.testing.assert_close(one, right)
+
+
+def test_where_the_kernel_does_not_take_it_the_function_runs(device: torch.device, launched: list[str]) -> None:
+    """Ours in torch's operators would round three times, where with_pairs rounds once."""
+    ours: Any = rotary.ours(with_pairs)
+    args = [t.to(device) for t in tensors(*SHAPES, *ANGLES, dtype=torch.bfloat16)]
+    with fastlayers.policy("torch"):
+        for one, right in zip(ours(*args), with_pairs(*args), strict=True):
+            assert torch.equal(one, right)
+    args[2].requires_grad_()
+    assert torch.equal(ours(*args)[0], with_pairs(*args)[0])
+    assert not launched
+    assert [(d.op, d.path, d.reason) for d in fastlayers.explain(ours, *args)] == [
+        ("rotary_embedding", "torch", "cos or sin that require grad")
+    ]

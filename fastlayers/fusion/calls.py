@@ -15,14 +15,14 @@ import functools
 import operator
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .. import _originals, _torch
+from .. import _originals
 from . import rotary, source
-from .state import MISSING, found_on_class
+from .state import ATOMS, MISSING, found_on_class
 
 __all__ = ["chosen", "leads"]
 
@@ -30,22 +30,29 @@ _NAME = "_fastlayers_chosen"
 _FUTURE = functools.reduce(operator.or_, [getattr(__future__, n).compiler_flag for n in __future__.all_feature_names])
 _FRAMES = {"dir", "eval", "exec", "locals", "vars"}
 """Functions that see the variables of the one that calls them."""
+_COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 
 
 class _Copy(NamedTuple):
-    code: types.CodeType
-    defaults: Any
-    named_defaults: Any
-    function: Any
-    """The copy, or ours; None where a copy would be the same."""
-    is_ours: bool
+    """What is known of the code of a function, whatever it is called with and whatever variables are around it."""
+
+    code: types.CodeType | None
+    """The copy's; None where a copy would be the same."""
+    place: int
+    """Of the variable `chosen` among those around the copy."""
+    may_turn: bool
+    """Whether it may be a function for rotary embedding, as its arguments are called."""
     of: Any
-    """A weak reference to the function, which takes this away with it."""
+    """A weak reference to the code, which takes this away with it."""
 
 
 _copies: dict[int, _Copy] = {}
-"""By the function's identity: a WeakKeyDictionary took several times as long."""
+"""By the code's identity: its hash is computed of all that it contains. A function of the copy is made at every call, since one
+that is kept would keep what is in the variables around it and in its defaults, such as a model."""
+_turning: weakref.WeakKeyDictionary[types.FunctionType, tuple[Any, Any, Any, Any]] = weakref.WeakKeyDictionary()
+"""Of functions that may be for rotary embedding: code, defaults, and ours or None."""
+_CELLS = (types.CellType(),)
 
 
 def chosen(function: Any) -> Any:
@@ -60,38 +67,75 @@ def chosen(function: Any) -> Any:
     return _originals.ours_for.get(function, function) if kind is types.BuiltinFunctionType else function
 
 
+_CELLS[0].cell_contents = chosen
+
+
 def _copied(function: types.FunctionType) -> Any:
-    return _entry(function).function or function
+    found = _copies.get(id(function.__code__)) or _copy(function)
+    if found.may_turn:
+        ours = _turns(function)
+        if ours is not None:
+            return ours
+    if found.code is None:
+        return function
+    cells, place = function.__closure__, found.place
+    cells = _CELLS if cells is None else cells[:place] + _CELLS + cells[place:]
+    made = types.FunctionType(found.code, function.__globals__, function.__name__, function.__defaults__, cells)
+    made.__qualname__ = function.__qualname__
+    if function.__kwdefaults__ is not None:
+        made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
-def _entry(function: types.FunctionType) -> _Copy:
-    code, defaults, named = function.__code__, function.__defaults__, function.__kwdefaults__
-    key = id(function)
+def _copy(function: types.FunctionType) -> _Copy:
+    code = function.__code__
+    key = id(code)
     found = _copies.get(key)
-    if found is not None and found.code is code and found.defaults is defaults and found.named_defaults is named:
+    if found is not None:
         return found
-    if not source.is_readable(function) or not _torch.unseen():
-        return _Copy(code, defaults, named, None, False, None)
-    ours = rotary.ours(function)
-    of = weakref.ref(function, lambda _: _copies.pop(key, None))
-    found = _copies[key] = _Copy(code, defaults, named, ours or _made(function), ours is not None, of)
+    of = weakref.ref(code, lambda _: _copies.pop(key, None))
+    made, may_turn = None, False
+    if source.is_readable(function):
+        made, may_turn = _made(function), code.co_varnames[2:4] == ("cos", "sin") and not code.co_freevars
+    place = 0 if made is None else made.co_freevars.index(_NAME)
+    found = _copies[key] = _Copy(made, place, may_turn, of)
     return found
+
+
+def _turns(function: types.FunctionType) -> Any:
+    """Ours for a function that computes rotary embedding; None for another one. Ours holds the function, and so isn't asked for
+    one that holds anything but plain values."""
+    now = function.__code__, function.__defaults__, function.__kwdefaults__
+    found = _turning.get(function)
+    if found is not None and all([a is b for a, b in zip(found, now, strict=False)]):
+        return found[3]
+    if not rotary.is_unseen():
+        return None
+    held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    ours = rotary.ours(function) if all([type(value) in ATOMS for value in held]) else None
+    _turning[function] = (*now, ours)
+    return ours
 
 
 # --- the copy -------------------------------------------------------------------------------------------------------------
 
 
-def _made(function: types.FunctionType) -> types.FunctionType | None:
-    """The copy of a function; None where no call in it is to be looked at, or where its source isn't what runs."""
-    tree = _tree(function)
-    sites = [] if tree is None else [*_sites(function, tree)]
-    if tree is None or not sites:
+def _made(function: types.FunctionType) -> types.CodeType | None:
+    """The code of a function's copy; None where no call in it is to be looked at, or where its source isn't what runs."""
+    try:
+        tree = copy.deepcopy(_tree(function))
+        sites = [] if tree is None else [*_sites(function, tree)]
+        return _compiled(function.__code__, tree, sites) if tree is not None and sites else None
+    except (RecursionError, SyntaxError):  # of a deep expression, or where compile's warnings are errors
         return None
-    code = function.__code__
+
+
+def _compiled(code: types.CodeType, tree: ast.FunctionDef, sites: Sequence[_Site]) -> types.CodeType:
     for node, _, _ in sites:
         node.func = ast.Call(ast.Name(_NAME, ast.Load()), [node.func], [])
     # What is evaluated where a function is defined isn't part of its code. Its own name may be that of a global variable.
-    tree.decorator_list, tree.returns, tree.name = [], None, f"{_NAME}_copy"
+    tree.decorator_list, tree.returns, tree.name, tree.lineno = [], None, f"{_NAME}_copy", code.co_firstlineno
+    setattr(tree, "type_params", [])  # noqa: B010 (from Python 3.12)
     tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
     tree.args.kw_defaults = [default and ast.Constant(None) for default in tree.args.kw_defaults]
     for argument in ast.walk(tree.args):
@@ -103,16 +147,20 @@ def _made(function: types.FunctionType) -> types.FunctionType | None:
     module = ast.fix_missing_locations(ast.Module([outer], []))
     compiled = compile(module, code.co_filename, "exec", flags=code.co_flags & _FUTURE, dont_inherit=True)
     (inner,) = _codes_in(*_codes_in(compiled))
-    cells = {_NAME: types.CellType(chosen), **dict(zip(code.co_freevars, function.__closure__ or (), strict=True))}
-    closure = tuple([cells[name] for name in inner.co_freevars])
-    named: Any = {name: getattr(code, name) for name in ("co_name", "co_qualname") if hasattr(code, name)}
-    inner = inner.replace(**named)
-    made = types.FunctionType(inner, function.__globals__, function.__name__, function.__defaults__, closure)
-    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
-    made.__doc__ = function.__doc__
-    made.__module__ = function.__module__
-    vars(made).update(vars(function))
-    return made
+    return _named_as(inner, code)
+
+
+def _named_as(made: types.CodeType, code: types.CodeType) -> types.CodeType:
+    """Compiled code with the names of another one, of which it is a copy. Functions and classes within are the other's very code:
+    no call in them has changed, except in comprehensions, which have a code of their own before Python 3.12."""
+    within = iter(_codes_in(code))
+    constants = [_within(c, next(within)) if isinstance(c, types.CodeType) else c for c in made.co_consts]
+    names: Any = {name: getattr(code, name) for name in ("co_name", "co_qualname") if hasattr(code, name)}
+    return made.replace(co_consts=tuple(constants), **names)
+
+
+def _within(made: types.CodeType, code: types.CodeType) -> types.CodeType:
+    return _named_as(made, code) if code.co_name in _COMPREHENSIONS else code
 
 
 def _codes_in(code: types.CodeType) -> list[types.CodeType]:
@@ -120,7 +168,7 @@ def _codes_in(code: types.CodeType) -> list[types.CodeType]:
 
 
 def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
-    """A syntax tree of its own for a function that may be copied: one that doesn't look at its own variables by another way than
+    """The syntax tree of a function that may be copied: one that doesn't look at its own variables by another way than
     their names, and whose names aren't those of a class alone."""
     try:
         tree = source.tree(function)
@@ -134,12 +182,12 @@ def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
     private = any(["__" in name and not name.endswith("__") for name in names])
     if not isinstance(tree, ast.FunctionDef) or private or names & {_NAME, *_FRAMES}:
         return None
-    return copy.deepcopy(tree)
+    return tree
 
 
 # --- its calls ------------------------------------------------------------------------------------------------------------
 
-_VARIABLE, _OWN = "variable", "own"
+_VARIABLE, _AROUND, _OWN = "variable", "around", "own"
 
 
 class _Site(NamedTuple):
@@ -147,7 +195,8 @@ class _Site(NamedTuple):
 
     node: ast.Call
     kind: str | None
-    """_VARIABLE: a variable of the function. _OWN: an attribute of `self`. None: another one."""
+    """_VARIABLE: a variable of the function. _AROUND: one of the function around it, as a decorator's function calls the one that
+    it stands for. _OWN: an attribute of `self`. None: another one."""
     value: Any
     """The function; of an attribute or a variable, its name."""
 
@@ -157,8 +206,8 @@ def _sites(function: types.FunctionType, tree: ast.FunctionDef) -> Iterator[_Sit
     waiting: list[ast.AST] = [*tree.body]
     while waiting:
         node = waiting.pop()
-        waiting += [child for child in ast.iter_child_nodes(node) if not isinstance(child, _SCOPES)]
-        if isinstance(node, ast.Call) and not isinstance(node, _SCOPES):
+        waiting += [] if isinstance(node, _SCOPES) else ast.iter_child_nodes(node)
+        if isinstance(node, ast.Call):
             site = _site(function, node)
             if site.kind is not None or _is_ours(site.value) or _is_somebodys(site.value):
                 yield site
@@ -174,7 +223,8 @@ def _site(function: types.FunctionType, node: ast.Call) -> _Site:
         parent = isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
         if parent or (isinstance(owner, ast.Name) and owner.id == "self" and code.co_varnames[:1] == ("self",)):
             return _Site(node, _OWN, called.attr)
-    return _Site(node, None, _named(function, called, variables))
+    around = isinstance(called, ast.Name) and called.id in code.co_freevars
+    return _Site(node, _AROUND if around else None, _named(function, called, variables))
 
 
 def _named(function: types.FunctionType, node: ast.AST, variables: set[str]) -> Any:
@@ -217,10 +267,11 @@ def _leads(function: types.FunctionType, module: nn.Module | None, seen: set[int
     if id(function) in seen or not _is_somebodys(function):
         return False
     seen.add(id(function))
-    if _entry(function).is_ours:
+    if _copy(function).may_turn and _turns(function) is not None:
         return True
     tree = _tree(function)
-    for node, kind, value in () if tree is None else _sites(function, tree):
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] if tree is not None else []
+    for _, kind, value in [site for node in functions for site in _sites(function, node)]:
         if kind == _VARIABLE and module is not None:
             if any([_looks_up(function, statement, value) for statement in ast.walk(tree)]):  # type: ignore[arg-type]
                 return True
@@ -228,9 +279,7 @@ def _leads(function: types.FunctionType, module: nn.Module | None, seen: set[int
             value = _own(module, value)
             if isinstance(value, property):
                 return True
-        # A decorator's function has the function that it stands for around it, and hands the module on.
-        around = isinstance(node.func, ast.Name) and node.func.id in function.__code__.co_freevars
-        of = module if kind == _OWN or around else None
+        of = None if kind is None else module  # a decorator's function hands the module on
         if _is_ours(value) or (isinstance(value, types.FunctionType) and _leads(value, of, seen)):
             return True
     return False

@@ -115,10 +115,11 @@ class Interpreter(Objects):
             result = self._call_function(frame, _NOWHERE, frame.function, [self.model, *inputs], named)
         self.graph.output(self._argument(frame, _NOWHERE, result))
 
-    def trace_function(self, function: types.FunctionType, count: int) -> None:
-        """Fill the graph for calls of a function with so many arguments. Raises TraceError where it stands in the way."""
+    def trace_function(self, function: types.FunctionType, count: int, kwargs: dict[str, Any]) -> None:
+        """Fill the graph for calls of a function with so many arguments and these keywords. Raises TraceError where it stands
+        in the way."""
         frame, inputs = Frame(self, function, {}), [self._input(f"argument_{i}") for i in range(count)]
-        result = self.call(frame, _NOWHERE, function, inputs, {})
+        result = self.call(frame, _NOWHERE, function, inputs, kwargs)
         self.graph.output(self._argument(frame, _NOWHERE, result))
 
     def _begin(self) -> Frame:

@@ -6,17 +6,21 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.compiler import is_dynamo_compiling
 from torch.fx.proxy import TraceError
 
+from .. import _torch
+from ..dispatch import support
 from ..ops.rotary import _rotary_embedding, rotary_embedding
 from . import trace
+from .state import MISSING
 
-__all__ = ["apply_rotary_pos_emb", "ours"]
+__all__ = ["apply_rotary_pos_emb", "is_unseen", "ours"]
 
 
 def apply_rotary_pos_emb(
@@ -48,47 +52,104 @@ def apply_rotary_pos_emb(
     return q.movedim(1, unsqueeze_dim), k.movedim(1, unsqueeze_dim)
 
 
+class _Read(NamedTuple):
+    """A function as its graph computes it, for calls with one unsqueeze_dim, and what was looked at."""
+
+    forward: Callable[..., Any]
+    looked: Any
+
+
 def ours(function: types.FunctionType) -> Callable[..., Any] | None:
     """Ours for one of q, k, cos, sin and, maybe, unsqueeze_dim; None if it isn't one that computes rotary embedding.
 
     The function isn't run: what is compared is what its graph gives for small tensors, which also shows which features it
-    pairs. Calls with other arguments, and all calls when something that its graph was made of has changed, go to the function.
+    pairs, and the gradients of that. Calls that the kernel doesn't take, and all calls when something that its graph was made
+    of has changed, go to the function.
     """
-    if [*inspect.signature(function).parameters][2:4] != ["cos", "sin"]:
-        return None
     try:
-        graph, looked = trace.of_function(function, 4)
-    except (TraceError, SyntaxError):
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # somebody gave it a signature that is none
         return None
-    read = fx.GraphModule(nn.Module(), graph)
-    forward = functools.partial(type(read).forward, read)
+    if [*parameters][2:4] != ["cos", "sin"]:
+        return None
+    words = [{}, *([{"unsqueeze_dim": dim} for dim in (1, 2)] if "unsqueeze_dim" in parameters else [])]
+    read = {w.get("unsqueeze_dim", MISSING): _read(function, **w) for w in words}
     for interleaved, repeated in ((False, False), (True, False), (True, True)):
-        if all([_computes(forward, size, interleaved, repeated) for size in (8, 4)]):
-            q, cos = torch.ones(1, 1, 1, 8, dtype=torch.bfloat16, device="cpu"), torch.ones(1, 1, 8, device="cpu")
-            widens = forward(q, q, cos, cos)[0].dtype is torch.float32
-            return _calling(function, looked, interleaved, repeated, widens)
+        known = {dim: one for dim, one in read.items() if one and _computes(one.forward, dim, interleaved, repeated)}
+        if MISSING in known:
+            return _calling(function, [*parameters][:4], known, interleaved, repeated)
     return None
 
 
-def _computes(function: Callable[..., Any], size: int, interleaved: bool, repeated: bool) -> bool:
-    """Whether it gives what ours does for so many turned features of 8, and writes into nothing that it is given. If there are
-    fewer features, it may raise an error."""
-    shapes = (2, 3, 5, 8), (2, 1, 5, 8), (2, 5, size), (2, 5, size)
-    q, k, cos, sin = (_sample(shape, i) for i, shape in enumerate(shapes))
-    angles = [_repeated(t) if repeated else t for t in (cos, sin)]
-    expected = _rotary_embedding.reference(q, k, *angles, interleaved=interleaved)
-    given = [t.clone() for t in (q, k, cos, sin)]
+def _read(function: types.FunctionType, **kwargs: Any) -> _Read | None:
     try:
-        results = function(q, k, cos, sin)
+        graph, looked = trace.of_function(function, 4, **kwargs)
+    except (TraceError, SyntaxError):
+        return None
+    read = fx.GraphModule(nn.Module(), graph)
+    return _Read(functools.partial(type(read).forward, read), looked)
+
+
+# --- what it computes -----------------------------------------------------------------------------------------------------
+
+
+class _Case(NamedTuple):
+    batch: int
+    heads: int
+    groups: int
+    length: int
+    size: int
+    turned: int
+    """How many of the features are turned."""
+    scale: float
+    """How large the numbers are."""
+
+
+_CASES = (
+    _Case(2, 3, 1, 5, 8, 8, 1.0), _Case(2, 2, 2, 1, 12, 12, 1e6), _Case(1, 4, 2, 3, 24, 24, 1.0), _Case(2, 3, 1, 5, 8, 4, 1.0)
+)  # fmt: skip
+"""Several sizes, 1 among them, since a function's constants may fit one of them, and large numbers, since it may limit them."""
+
+
+def _computes(function: Callable[..., Any], dim: Any, interleaved: bool, repeated: bool) -> bool:
+    """Whether it gives what ours does, with the same gradients, and writes into nothing that it is given."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        return all([_computes_case(function, dim, interleaved, repeated, case) for case in _CASES])
+
+
+def _computes_case(function: Callable[..., Any], dim: Any, interleaved: bool, repeated: bool, case: _Case) -> bool:
+    """The same for tensors of one size. Where not all features are turned, it may raise an error."""
+    batch, length, heads = case.batch, case.length, 2 if dim == 2 else 1
+    shapes = [(batch, h, length, case.size) for h in (case.heads, case.groups)] + [(batch, length, case.turned)] * 2
+    samples = [_sample(shape, i) * case.scale for i, shape in enumerate(shapes)]
+    samples[0].view(-1)[0] = samples[2].view(-1)[-1] = math.nan
+    (q, k, *angles), right = [[t.clone().requires_grad_() for t in samples] for _ in range(2)]
+    try:
+        results = function(q.transpose(1, heads), k.transpose(1, heads), *angles)
     except Exception:
-        return size < 8
+        return case.turned < case.size
     if not isinstance(results, tuple) or len(results) != 2:
         return False
-    if not all([torch.equal(t, before) for t, before in zip((q, k, cos, sin), given, strict=True)]):
+    if not all([isinstance(y, torch.Tensor) and y.dim() == 4 and y.requires_grad for y in results]):
         return False
-    pairs = [*zip(results, expected, strict=True)]
-    alike = all([isinstance(y, torch.Tensor) and y.shape == right.shape for y, right in pairs])
-    return alike and all([torch.allclose(y, right, atol=1e-5) for y, right in pairs])
+    turning = [_repeated(t) if repeated else t for t in right[2:]]
+    expected = _rotary_embedding.reference(*right[:2], *turning, interleaved=interleaved)
+    found = [y.transpose(1, heads) for y in results]
+    if [y.shape for y in found] != [y.shape for y in expected]:
+        return False
+    dys = [_sample(tuple(y.shape), i + 4) * case.scale for i, y in enumerate(expected)]
+    given = [q, k, *angles]
+    found += torch.autograd.grad(found, given, dys, allow_unused=True)
+    wanted = [*expected, *torch.autograd.grad(expected, right, dys, allow_unused=True)]
+    same = all([_alike(a, b, case.scale**2) for a, b in zip(found, wanted, strict=True)])
+    return same and all([_alike(a, b, 0.0) for a, b in zip(given, samples, strict=True)])
+
+
+def _alike(a: torch.Tensor | None, b: torch.Tensor | None, size: float) -> bool:
+    """Whether they are the same for numbers of this size, and no number in the same places."""
+    if a is None or b is None:
+        return a is b
+    return torch.allclose(a, b, rtol=0.0, atol=1e-5 * size, equal_nan=True)
 
 
 def _sample(shape: tuple[int, ...], which: int) -> torch.Tensor:
@@ -102,20 +163,86 @@ def _repeated(angles: torch.Tensor) -> torch.Tensor:
     return angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1)
 
 
+# --- its calls ------------------------------------------------------------------------------------------------------------
+
+
+class _Results(NamedTuple):
+    dtype: torch.dtype
+    contiguous: bool
+    """Whether they are contiguous where query and key aren't, as after torch.cat."""
+
+
+def _results(forward: Callable[..., Any], dtypes: tuple[torch.dtype, ...], turned: int) -> _Results | None:
+    """What the results are for tensors of these dtypes, of which so many of 8 features are turned. None if ours would have
+    others."""
+    q, k, cos, sin = [torch.ones(1, 1, 1, 8, dtype=dtype, device="cpu") for dtype in dtypes]
+    shapes = [t.expand(2, 3, 3, 8).contiguous().transpose(1, 2) for t in (q, k)]
+    angles = [t.expand(1, 2, 3, 8)[0, ..., :turned].contiguous() for t in (cos, sin)]
+    try:
+        with torch.no_grad():
+            y, z = forward(*shapes, *angles)
+    except Exception:
+        return None
+    dtype, contiguous = y.dtype, y.is_contiguous()
+    fits = z.dtype is dtype and all(
+        [d.is_floating_point and torch.promote_types(d, dtype) is dtype for d in dtypes[:2]]
+    )
+    as_given = y.stride() == z.stride() == shapes[0].stride()
+    return _Results(dtype, contiguous) if fits and (as_given or (contiguous and z.is_contiguous())) else None
+
+
 def _calling(
-    function: Callable[..., Any], looked: Any, interleaved: bool, repeated: bool, widens: bool
+    function: Callable[..., Any], names: Sequence[str], known: dict[Any, _Read], interleaved: bool, repeated: bool
 ) -> Callable[..., Any]:
-    nobody = nn.Module()
+    nobody, seen = nn.Module(), dict[Any, _Results | None]()
+
+    def results(dim: Any, forward: Any, tensors: Sequence[Any]) -> _Results | None:
+        key = dim, *[t.dtype for t in tensors], tensors[2].shape[-1] < tensors[0].shape[-1]
+        if key not in seen:
+            if not is_unseen():
+                return None
+            seen[key] = _results(forward, key[1:5], 4 if key[5] else 8)
+        return seen[key]
 
     @functools.wraps(function)
-    def rotated(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        dims = [t.dim() if isinstance(t, torch.Tensor) else None for t in (q, k, cos, sin)]
-        if dims != [4, 4, 3, 3] or args or kwargs.keys() - {"unsqueeze_dim"} or looked.changed(nobody) is not None:
-            return function(q, k, cos, sin, *args, **kwargs)
-        if widens and cos.dtype is not q.dtype:
-            q, k = (t.to(torch.promote_types(t.dtype, cos.dtype)) for t in (q, k))
+    def rotated(*args: Any, **kwargs: Any) -> Any:
+        words, given = dict(kwargs), args
+        if len(args) < 4:
+            given = (*args, *[words.pop(name) for name in names[len(args) :] if name in words])
+        dim = words.pop("unsqueeze_dim", MISSING)
+        read = known.get(dim) if dim is MISSING or type(dim) is int else None
+        dims = [t.dim() if isinstance(t, torch.Tensor) else None for t in given]
+        if (
+            is_dynamo_compiling()
+            or read is None
+            or dims != [4, 4, 3, 3]
+            or words
+            or read.looked.changed(nobody) is not None
+        ):
+            return function(*args, **kwargs)
+        q, k, cos, sin = given
+        like = None if cos.shape != sin.shape or cos.shape[-1] % 2 else results(dim, read.forward, given)
+        if like is None:
+            return function(*args, **kwargs)
+        if q.dtype is not like.dtype or k.dtype is not like.dtype:
+            q, k = q.to(like.dtype), k.to(like.dtype)
         if repeated:
             cos, sin = _repeated(cos), _repeated(sin)
-        return apply_rotary_pos_emb(q, k, cos, sin, interleaved=interleaved, **kwargs)
+        if dim == 2:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        tensors = q, k, cos, sin
+        turned = _rotary_embedding(tensors, interleaved, joined=True)
+        if turned is None:
+            reason = _rotary_embedding.reason_against(tensors, _rotary_embedding.options(interleaved))
+            call = functools.partial(function, *args, **kwargs)
+            return support.run_reference(_rotary_embedding.name, reason or "too large for this GPU", call)
+        if dim == 2:
+            turned = turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+        return (turned[0].contiguous(), turned[1].contiguous()) if like.contiguous else turned
 
     return rotated
+
+
+def is_unseen() -> bool:
+    """Whether nothing sees or transforms what runs now, so that a function's graph may be run to see what it gives."""
+    return _torch.unseen() and not _torch.transforms_active()

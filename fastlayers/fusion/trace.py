@@ -139,14 +139,14 @@ def local(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], given:
     return made
 
 
-def of_function(function: FunctionType, count: int) -> tuple[fx.Graph, Looked]:
-    """The graph of a function for calls with so many arguments, and what was looked at.
+def of_function(function: FunctionType, count: int, **kwargs: Any) -> tuple[fx.Graph, Looked]:
+    """The graph of a function for calls with so many arguments and these keywords, and what was looked at.
 
     Raises:
         TraceError: where the function stands in the way.
     """
     interpreter = Interpreter(nn.Module(), False, inplace)
-    interpreter.trace_function(function, count)
+    interpreter.trace_function(function, count, kwargs)
     return interpreter.graph, interpreter.looked
 
 
