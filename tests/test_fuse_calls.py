@@ -369,6 +369,11 @@ class CallsAFunctionThatCallsItself(Base):
         return several(self.linear(x), 2)
 
 
+class ComparesItsClass(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(super().forward(x)) * (2 if type(self) is ComparesItsClass else 1)
+
+
 class CallsNothingOfOurs(Base):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in (self.linear, abs):
@@ -382,6 +387,7 @@ class CallsNothingOfOurs(Base):
         (Base, ["gelu"]), (Derived, ["gelu", "silu"]), (WithLoss, ["mse_loss"]),
         (CallsAFunctionThatCallsItself, ["gelu", "gelu"]),
         (SeesItsVariables, None), (PrivateNames, None), (PrivateNamesWithin, None), (CallsNothingOfOurs, None),
+        (ComparesItsClass, None),
     ],
 )  # fmt: skip
 def test_methods(kind: type[nn.Module], found: list[str] | None, x: torch.Tensor) -> None:

@@ -260,7 +260,17 @@ def leads(module: nn.Module) -> bool:
     """Whether a module's forward leads to a function of ours, or may: it calls a property, or a variable into which it has put
     what is computed from a global one, as those do that look an implementation up by its name."""
     forward = found_on_class(type(module), "forward")
-    return isinstance(forward, types.FunctionType) and _leads(forward, module, set())
+    return (
+        isinstance(forward, types.FunctionType) and not _compares_its_class(forward) and _leads(forward, module, set())
+    )
+
+
+def _compares_its_class(function: types.FunctionType) -> bool:
+    """Whether a forward would find the generated subclass where it expects its own class."""
+    tree = _tree(function)
+    compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)] if tree is not None else []
+    sides = [side for node in compared for side in (node.left, *node.comparators)]
+    return any([ast.unparse(side) in ("type(self)", "self.__class__") for side in sides])
 
 
 def _leads(function: types.FunctionType, module: nn.Module | None, seen: set[int]) -> bool:
