@@ -149,6 +149,11 @@ def test_finite_numbers_that_mask(masked: int, dtype: torch.dtype, device: torch
     torch.testing.assert_close(y.double(), right, rtol=4e-3, atol=4e-3)
 
 
+def test_heads_of_more_than_four_dimensions_in_any_order(device: torch.device) -> None:
+    tensors = [torch.randn(3, 2, 2, 5, 8, device=device).transpose(0, 2) for _ in range(3)]
+    judge(F.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention, *tensors)
+
+
 def test_a_query_without_keys_gives_nothing(device: torch.device) -> None:
     q, k, v = (t.to(device).requires_grad_() for t in heads((1, 2, 18, 8), (1, 2, 20, 8), (1, 2, 20, 8)))
     mask = torch.ones(18, 20, dtype=torch.bool, device=device)

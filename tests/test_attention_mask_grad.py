@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import judge, layers
+from test_attention import heads, judge, layers
 
 import fastlayers
 import fastlayers.functional as F
@@ -168,3 +168,26 @@ def test_runs_on_kernels(device: torch.device) -> None:
     tensors = [t.requires_grad_() for t in arguments(L, S, device=device)]
     (decision,) = fastlayers.explain(attend(F), *tensors)
     assert decision.path == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_queries_that_are_masked_by_a_finite_number(dtype: torch.dtype, device: torch.device) -> None:
+    """Beside it the log-sum-exp can't tell how many keys there are: the weights' own sum does, where products are strict."""
+    q, k, v = (t.to(device, dtype) for t in heads((1, 2, 18, 16), (1, 2, 300, 16), (1, 2, 300, 16)))
+    mask = torch.randn(18, 300, device=device, dtype=dtype)
+    mask[3] -= 1e18
+    mask[4] = torch.finfo(dtype).min
+    judge(F.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention, q, k, v, mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_beside_a_large_log_sum_exp(masked: bool, device: torch.device) -> None:
+    """It is rounded, and all weights of a query with it, by up to 2**-24 of itself. torch makes no error in such scores."""
+    q, k = torch.randint(-3, 4, (2, 1, 2, 20, 16), device=device).float() / 2
+    v, mask = (t.to(device) for t in heads((1, 2, 20, 16), (20, 20)))
+    if masked:
+        given = [q, k, v, (8 * mask).round() / 8 + 256]
+    else:
+        q[..., 0], k[..., 0] = 32, 32
+        given = [q, k, v]
+    judge(F.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention, *given)

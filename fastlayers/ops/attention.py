@@ -47,10 +47,13 @@ class Attention(Operation):
         return (*given, "output", "lse")
 
     def gradients(self, like: Any, options: Any, needs: Needs) -> tuple[Out | int | str | None, ...]:
-        # In the order of memory of the tensors, where that is one of heads and rows.
+        # In the order of memory of the tensors, where that is one of heads and rows. More than four dimensions are joined to be
+        # written, which takes theirs.
         return tuple(
             [
-                None if not need else Out.pointwise(o) if o.stride()[-1] == 1 else Out(o.shape, o.dtype)
+                (Out.pointwise(o) if o.stride()[-1] == 1 and len(o.shape) <= 4 else Out(o.shape, o.dtype))
+                if need
+                else None
                 for o, need in zip(like, needs, strict=True)
             ]
         )

@@ -5,39 +5,54 @@
 dq is summed by one kernel, dk and dv by another, each element by one program and in a fixed order, without atomics. Where the
 weights are a result as well, their gradient dw is added to dy v^T, and the sum of the weights times dw to delta.
 
-A row of ds adds up to 0, but for what out and the products were rounded by. Where a weight is nearly 1, that is much beside ds
-itself. So where float32 products are strict, and in float64, the kernel of dq takes the sum e of the row that it computes,
-subtracts e sum(p k) from dq / scale, and adds e to the delta that dk and dv are computed with: see docs/decisions/0016.
+A row of weights adds up to 1, but for what the log-sum-exp was rounded by, and a row of ds to 0, but for what out and the
+products were. Where a weight is nearly 1, the latter is much beside ds itself. So where float32 products are strict, and in
+float64, the kernel of dq takes the sums of both rows as it computes them, divides by the first, subtracts the second times the
+mean of the keys from dq / scale, and leaves both to the other kernels: see docs/decisions/0016.
 """
 
 import triton
 import triton.language as tl
 
-from .parts import is_kept, load_rows, of_weights, scores, store_rows, unit, weights
+from ..reduce import divide
+from .parts import is_kept, load_rows, of_weights, products, scores, store_rows, unit, weights
+
+_FEATURES = tl.constexpr(32)
+"""Of strict products, the features that are multiplied at a time."""
 
 
 @triton.jit
 def _dq_blocks(
-    dq, mean, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, begin, end,
-    L, S, D, DV, GROUP, scale, keep, unkeep, part,
+    dq, mean, total, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, begin, end,
+    L, S, D, DV, GROUP, scale, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
     BOUNDS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, DQ: tl.constexpr, CENTRED: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys from `begin` to `end` into dq / scale, with DQ, and with CENTRED into the sum of ds and the mean of the keys
-    by their weights, which dq alone needs."""
+    """Take the keys from `begin` to `end` into dq / scale, with DQ, and with CENTRED into the sums of p and ds, and that of the
+    keys times their weights, which dq alone needs. q and dy are tiles, or pointers with CENTRED."""
     factor = unit(scale, LATER)
     inside = (first_m + tl.arange(0, TILE_M) < L)[:, None]
     for first_n in range(begin, end, TILE_N):
-        k_tile = load_rows(k, b, h // GROUP, first_n, S, D, k_b, k_h, k_n, k_d, not BOUNDS, BOXES, TILE_N, TILE_D)
-        v_tile = load_rows(v, b, h // GROUP, first_n, S, DV, v_b, v_h, v_n, v_d, not BOUNDS, BOXES, TILE_N, TILE_V)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION, out_dtype=delta.dtype)
-        dp = tl.dot(dy, v_tile.T, input_precision=PRECISION, out_dtype=delta.dtype)
+        if CENTRED:
+            s = products(
+                q, k, b, h, h // GROUP, first_m, first_n, L, S, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d,
+                D, PRECISION, delta.dtype, TILE_M, TILE_N, min(TILE_D, _FEATURES))  # fmt: skip
+            dp = products(
+                dy, v, b, h, h // GROUP, first_m, first_n, L, S, dy_b, dy_h, dy_m, dy_d, v_b, v_h, v_n, v_d,
+                DV, PRECISION, delta.dtype, TILE_M, TILE_N, min(TILE_V, _FEATURES))  # fmt: skip
+            if DQ:
+                k_tile = load_rows(k, b, h // GROUP, first_n, S, D, k_b, k_h, k_n, k_d, not BOUNDS, 0, TILE_N, TILE_D)
+        else:
+            k_tile = load_rows(k, b, h // GROUP, first_n, S, D, k_b, k_h, k_n, k_d, not BOUNDS, BOXES, TILE_N, TILE_D)
+            v_tile = load_rows(v, b, h // GROUP, first_n, S, DV, v_b, v_h, v_n, v_d, not BOUNDS, BOXES, TILE_N, TILE_V)
+            s = tl.dot(q, k_tile.T, input_precision=PRECISION, out_dtype=delta.dtype)
+            dp = tl.dot(dy, v_tile.T, input_precision=PRECISION, out_dtype=delta.dtype)
         # Keys outside must be masked although they were loaded as 0: exp(0 - lse) may be inf, and inf * 0 is NaN.
         s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                    BOUNDS, CAUSAL, False, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
-        p = weights(s, lse[:, None], factor, LATER and k_tile.dtype.primitive_bitwidth == 16)
+        p = weights(s, lse[:, None], factor, LATER and not CENTRED and q.dtype.primitive_bitwidth == 16)
         if dw_ptr is not None:
             dp += part * of_weights(dw_ptr, first_m, first_n, L, S, dw_m, dw_n, False, TILE_M, TILE_N).to(dp.dtype)
         if DROPOUT:
@@ -45,18 +60,20 @@ def _dq_blocks(
             dp = tl.where(kept, dp * unkeep, 0.0)
         ds = p * (dp - delta[:, None])
         if CENTRED:
+            total += tl.sum(p, axis=1)
             excess += tl.sum(tl.where(inside, ds, 0.0), axis=1)  # see kernels/batch_norm/whole.py
         if DQ:
             dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION, out_dtype=dq.dtype)
             if CENTRED:  # excess is small: of what it is multiplied by, a few digits are enough
                 rough: tl.constexpr = "tf32" if PRECISION == "tf32x3" else PRECISION
                 mean = tl.dot(p, k_tile, mean, input_precision=rough, out_dtype=mean.dtype)
-    return dq, mean, excess
+    return dq, mean, total, excess
 
 
 @triton.jit(do_not_specialize=["keep"])
 def attention_dq_kernel(
-    q_ptr, k, v, mask_ptr, seed_ptr, dw_ptr, more_ptr, out_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, H, L, S, GROUP,
+    q_ptr, k, v, mask_ptr, seed_ptr, dw_ptr, more_ptr, out_ptr, dy_ptr, lse_ptr, delta_ptr, norm_ptr, dq_ptr,
+    H, L, S, GROUP,
     scale: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, dw_b, dw_h, dw_m, dw_n,
     out_b, out_h, out_m, out_d, dy_b, dy_h, dy_m, dy_d, dq_b, dq_h, dq_m, dq_d,
@@ -65,7 +82,9 @@ def attention_dq_kernel(
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     """One program: delta of TILE_M queries of one head, and dq, unless its pointer is None.
-    dw_ptr: the gradient of the weights, of which `part` counts, or None; more_ptr: what it adds to delta."""
+    dw_ptr: the gradient of the weights, of which `part` counts, or None; more_ptr: what it adds to delta.
+    norm_ptr: where to write what the weights of a row have to be multiplied by to add up to 1; None: they are left as they are,
+    and ds too."""
     # In the interpreter these are Python's numbers, which a cast would take for float32.
     zero = tl.full((), 0.0, tl.float64)
     scale, unkeep, part = (scale + zero).to(ACC), (unkeep + zero).to(ACC), (part + zero).to(ACC)
@@ -83,13 +102,15 @@ def attention_dq_kernel(
     row = tl.cast(bh, tl.int64) * L + m
     if more_ptr is not None:
         delta += tl.load(more_ptr + row, mask=m < L, other=0.0)
-    # In 16 bits the operands' own rounding is larger than what centring mends, and so it is in TF32.
-    CENTRED: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth >= 32 and PRECISION != "tf32"
+    CENTRED: tl.constexpr = norm_ptr is not None
     DQ: tl.constexpr = dq_ptr is not None
     if not CENTRED:
         tl.store(delta_ptr + row, delta, mask=m < L)
     if DQ or CENTRED:
-        q = load_rows(q_ptr, b, h, first_m, L, D, q_b, q_h, q_m, q_d, False, 0, TILE_M, TILE_D)
+        if CENTRED:
+            q, dy = q_ptr, dy_ptr
+        else:
+            q = load_rows(q_ptr, b, h, first_m, L, D, q_b, q_h, q_m, q_d, False, 0, TILE_M, TILE_D)
         lse = tl.load(lse_ptr + row, mask=m < L, other=float("inf"))
         if mask_ptr is not None:
             mask_ptr += tl.cast(b, tl.int64) * mask_b + tl.cast(h, tl.int64) * mask_h
@@ -104,27 +125,33 @@ def attention_dq_kernel(
             full = min(full, (first_m + 1) // TILE_N * TILE_N)
         dq = tl.zeros((TILE_M, TILE_D), ACC)
         mean = tl.zeros((TILE_M, TILE_D), ACC)
+        total = tl.zeros((TILE_M,), ACC)
         excess = tl.zeros((TILE_M,), ACC)
-        dq, mean, excess = _dq_blocks(
-            dq, mean, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, 0, full, L, S, D, DV,
-            GROUP, scale, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
+        dq, mean, total, excess = _dq_blocks(
+            dq, mean, total, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, 0, full, L, S, D,
+            DV, GROUP, scale, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d,
+            k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
             False, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, DQ, CENTRED,
             TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
-        dq, mean, excess = _dq_blocks(
-            dq, mean, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, full, end, L, S, D, DV,
-            GROUP, scale, keep, unkeep, part, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
+        dq, mean, total, excess = _dq_blocks(
+            dq, mean, total, excess, q, dy, lse, delta, k, v, mask_ptr, seed, dw_ptr, b, h, bh, first_m, full, end, L, S, D,
+            DV, GROUP, scale, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d,
+            k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_m, mask_n, dw_m, dw_n,
             True, CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, DQ, CENTRED,
             TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
         if CENTRED:
+            norm = divide(tl.full((TILE_M,), 1.0, ACC), tl.where(total == 0, 1.0, total))
+            excess *= norm
+            tl.store(norm_ptr + row, norm, mask=m < L)
             tl.store(delta_ptr + row, delta + excess, mask=m < L)
-            dq -= excess[:, None] * mean
+            dq = (dq - excess[:, None] * mean) * norm[:, None]
         if DQ:
             store_rows(dq_ptr, dq * scale, b, h, first_m, L, D, dq_b, dq_h, dq_m, dq_d, TILE_M, TILE_D)
 
 
 @triton.jit
 def _dkdv_blocks(
-    dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, mask_ptr, seed, dw_ptr, b, h, bh, first_n, begin, L, S, D, DV,
+    dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, norm_ptr, mask_ptr, seed, dw_ptr, b, h, bh, first_n, begin, L, S, D, DV,
     scale, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
     LATER: tl.constexpr, OF_KEYS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
@@ -143,6 +170,8 @@ def _dkdv_blocks(
         s = scores(s, mask_ptr, first_m, first_n, L, S, mask_m, mask_n, scale,
                    CAUSAL, CAUSAL, True, LATER, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
         p = weights(s, lse[None, :], factor, LATER and k_tile.dtype.primitive_bitwidth == 16)
+        if norm_ptr is not None:
+            p *= tl.load(norm_ptr + row, mask=m < L, other=1.0)[None, :]
         dropped = p
         if dw_ptr is not None:
             dp += part * of_weights(dw_ptr, first_m, first_n, L, S, dw_m, dw_n, True, TILE_M, TILE_N).to(dp.dtype)
@@ -158,7 +187,7 @@ def _dkdv_blocks(
 
 @triton.jit(do_not_specialize=["keep"])
 def attention_dkdv_kernel(
-    k_ptr, v_ptr, q, mask_ptr, seed_ptr, dw_ptr, dy, lse_ptr, delta_ptr, dk_ptr, dv_ptr, H, L, S, GROUP,
+    k_ptr, v_ptr, q, mask_ptr, seed_ptr, dw_ptr, dy, lse_ptr, delta_ptr, norm_ptr, dk_ptr, dv_ptr, H, L, S, GROUP,
     scale: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, dw_b, dw_h, dw_m, dw_n,
     dy_b, dy_h, dy_m, dy_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
@@ -195,8 +224,8 @@ def attention_dkdv_kernel(
         # One loop looks at the diagonal all along. A second loop, for the blocks without it, would need more registers than
         # there are. Keys outside give rows of dk and dv that nobody stores.
         dk, dv = _dkdv_blocks(
-            dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, mask, seed, dw, b, h, b * H + h, first_n, begin, L, S, D, DV,
-            scale, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
+            dk, dv, k_tile, v_tile, q, dy, lse_ptr, delta_ptr, norm_ptr, mask, seed, dw, b, h, b * H + h, first_n, begin, L, S,
+            D, DV, scale, keep, unkeep, part, q_b, q_h, q_m, q_d, dy_b, dy_h, dy_m, dy_d, mask_m, mask_n, dw_m, dw_n,
             CAUSAL, seed_ptr is not None, BOXES, PRECISION, LATER, OF_KEYS, TILE_M, TILE_N, TILE_D, TILE_V)  # fmt: skip
     if dk_ptr is not None:
         store_rows(dk_ptr, dk * scale, b, h_k, first_n, S, D, dk_b, dk_h, dk_n, dk_d, TILE_N, TILE_D)

@@ -252,7 +252,10 @@ def attention_grad(
     lse = lse.contiguous()
     call = _prepare(q, k, v, mask, causal=causal, dropout=dropout, scale=scale, precision=precision)
     (b, h, l, _), (_, h_k, s, _) = q.shape, k.shape
-    delta = launch.empty((b, h, l), dtype=lse.dtype, device=lse.device)
+    delta, norm = launch.empty((b, h, l), dtype=lse.dtype, device=lse.device), None
+    # In 16 bits the operands' own rounding is larger than what this mends, and so it is in TF32.
+    if q.itemsize >= 4 and call.meta["PRECISION"] != "tf32":
+        norm = launch.empty((b, h, l), dtype=lse.dtype, device=lse.device)
     none = (0, 0, 0, 0)
     more, part, dws = None, 1.0, none
     if d_weights is not None:
@@ -274,11 +277,11 @@ def attention_grad(
         operands = _boxes(k, tile.n, meta["TILE_D"]), _boxes(v, tile.n, meta["TILE_V"])
     launch.launch(
         attention_dq_kernel, cdiv(l, tile.m) * b * h,
-        q, *operands, call.mask, seed, d_weights, more, out, dy, lse, delta, dq, *numbers, *strides,
+        q, *operands, call.mask, seed, d_weights, more, out, dy, lse, delta, norm, dq, *numbers, *strides,
         *out.stride(), *dy.stride(), *(none if dq is None else dq.stride()), **meta,
     )  # fmt: skip
     if d_mask is not None:
-        _mask_grad(d_mask, call, (q, k, v), seed, d_weights, dy, lse, delta, numbers, dws)
+        _mask_grad(d_mask, call, (q, k, v), seed, d_weights, dy, (lse, delta, norm), numbers, dws)
     if dk is None and dv is None:
         return
     tile, order, meta = _tile("attention_dkdv", call, dropout, k, q, dy, plain=plain)
@@ -287,7 +290,7 @@ def attention_grad(
         operands = _boxes(q, tile.m, meta["TILE_D"]), _boxes(dy, tile.m, meta["TILE_V"])
     launch.launch(
         attention_dkdv_kernel, cdiv(s, tile.n) * b * h_k,
-        k, v, operands[0], call.mask, seed, d_weights, operands[1], lse, delta, dk, dv, *numbers, *strides,
+        k, v, operands[0], call.mask, seed, d_weights, operands[1], lse, delta, norm, dk, dv, *numbers, *strides,
         *dy.stride(), *(none if dk is None else dk.stride()), *(none if dv is None else dv.stride()), **meta,
     )  # fmt: skip
 
@@ -299,8 +302,7 @@ def _mask_grad(
     seed: torch.Tensor | None,
     d_weights: torch.Tensor | None,
     dy: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
+    of_queries: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     numbers: tuple[Any, ...],
     d_weights_strides: tuple[int, ...],
 ) -> None:
@@ -321,10 +323,10 @@ def _mask_grad(
     shares = picks.mask_shares(programs, steps, device)
     out, step = d_mask, cdiv(steps, shares)
     if shares > 1:
-        out = launch.empty((shares, d_mask.numel()), dtype=lse.dtype, device=dy.device)
+        out = launch.empty((shares, d_mask.numel()), dtype=of_queries[0].dtype, device=dy.device)
     launch.launch(
         attention_mask_grad_kernel, programs * shares,
-        *qkv, call.mask, seed, d_weights, dy, lse, delta, out, *numbers,
+        *qkv, call.mask, seed, d_weights, dy, *of_queries, out, *numbers,
         own_h, tiles_m, tiles_n, heads, steps, shares, step, d_mask.numel(),
         *[stride for x in qkv for stride in x.stride()], *call.masks, *d_weights_strides, *dy.stride(), *d_mask.stride(),
         SUM_M=sum_m, SUM_N=sum_n, **meta, TILE_M=tile.m, TILE_N=tile.n, TILE_K=features, num_warps=tile.warps,

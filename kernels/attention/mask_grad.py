@@ -7,39 +7,12 @@ for many: each element is summed by one program, or by several that share the su
 import triton
 import triton.language as tl
 
-from .parts import is_kept, of_weights, scores, unit, weights
-
-
-@triton.jit
-def _columns(
-    x, b, h, first, c, ROWS, x_b, x_h, x_m, x_d, COLUMNS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr
-):  # fmt: skip
-    """TILE_K columns of TILE_R rows of one head, from column `c` and row `first` on, with zeros outside."""
-    x += tl.cast(b, tl.int64) * x_b + tl.cast(h, tl.int64) * x_h + tl.cast(first, tl.int64) * x_m
-    r, c = tl.arange(0, TILE_R), c + tl.arange(0, TILE_K)
-    inside = (first + r < ROWS)[:, None] & (c < COLUMNS)[None, :]
-    return tl.load(x + (r[:, None] * x_m + c[None, :] * x_d), mask=inside, other=0.0)
-
-
-@triton.jit
-def _products(
-    x, y, b, h, h_y, first_m, first_n, L, S, x_b, x_h, x_m, x_d, y_b, y_h, y_n, y_d,
-    FEATURES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """Of TILE_M rows of x and TILE_N rows of y, the products. TILE_K features at a time: strict float32 has no registers for
-    more, since it takes each number in two."""
-    total = tl.zeros((TILE_M, TILE_N), ACC)
-    for c in range(0, FEATURES, TILE_K):
-        x_tile = _columns(x, b, h, first_m, c, L, x_b, x_h, x_m, x_d, FEATURES, TILE_M, TILE_K)
-        y_tile = _columns(y, b, h_y, first_n, c, S, y_b, y_h, y_n, y_d, FEATURES, TILE_N, TILE_K)
-        total = tl.dot(x_tile, y_tile.T, total, input_precision=PRECISION, out_dtype=ACC)
-    return total
+from .parts import is_kept, of_weights, products, scores, unit, weights
 
 
 @triton.jit(do_not_specialize=["keep", "SHARES"])
 def attention_mask_grad_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, dw_ptr, dy_ptr, lse_ptr, delta_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, dw_ptr, dy_ptr, lse_ptr, delta_ptr, norm_ptr, out_ptr,
     H, L, S, GROUP, scale: tl.float64, keep, unkeep: tl.float64, part: tl.float64,  # type: ignore[valid-type]
     OWN_H, ROWS, COLUMNS, HEADS, STEPS, SHARES, SHARE, SIZE,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mask_b, mask_h, mask_m, mask_n, dw_b, dw_h, dw_m, dw_n,
@@ -75,16 +48,18 @@ def attention_mask_grad_kernel(
             lse_ptr + at, mask=first_m + i < L, other=float("inf")
         )  # so that queries outside have weights of 0
         delta = tl.load(delta_ptr + at, mask=first_m + i < L, other=0.0)
-        s = _products(
+        s = products(
             q_ptr, k_ptr, b, h, h // GROUP, first_m, first_n, L, S, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d,
             D, PRECISION, ACC, TILE_M, TILE_N, TILE_K)  # fmt: skip
-        dp = _products(
+        dp = products(
             dy_ptr, v_ptr, b, h, h // GROUP, first_m, first_n, L, S, dy_b, dy_h, dy_m, dy_d, v_b, v_h, v_n, v_d,
             DV, PRECISION, ACC, TILE_M, TILE_N, TILE_K)  # fmt: skip
         mask = mask_ptr + (tl.cast(b, tl.int64) * mask_b + tl.cast(h, tl.int64) * mask_h)
         s = scores(s, mask, first_m, first_n, L, S, mask_m, mask_n, scale,
                    True, False, False, False, OF_KEYS, TILE_M, TILE_N)  # fmt: skip
         p = weights(s, lse[:, None], unit(scale, False), False)
+        if norm_ptr is not None:
+            p *= tl.load(norm_ptr + at, mask=first_m + i < L, other=1.0)[:, None]
         if dw_ptr is not None:
             dw = dw_ptr + (tl.cast(b, tl.int64) * dw_b + tl.cast(h, tl.int64) * dw_h)
             dp += part * of_weights(dw, first_m, first_n, L, S, dw_m, dw_n, False, TILE_M, TILE_N).to(ACC)

@@ -37,6 +37,33 @@ def load_rows(
 
 
 @triton.jit
+def _columns(
+    x, b, h, first, c, ROWS, x_b, x_h, x_m, x_d, COLUMNS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr
+):  # fmt: skip
+    """TILE_K columns of TILE_R rows of one head, from column `c` and row `first` on, with zeros outside."""
+    x += tl.cast(b, tl.int64) * x_b + tl.cast(h, tl.int64) * x_h + tl.cast(first, tl.int64) * x_m
+    r, c = tl.arange(0, TILE_R), c + tl.arange(0, TILE_K)
+    inside = (first + r < ROWS)[:, None] & (c < COLUMNS)[None, :]
+    return tl.load(x + (r[:, None] * x_m + c[None, :] * x_d), mask=inside, other=0.0)
+
+
+@triton.jit
+def products(
+    x, y, b, h, h_y, first_m, first_n, L, S, x_b, x_h, x_m, x_d, y_b, y_h, y_n, y_d,
+    FEATURES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Of TILE_M rows of x and TILE_N rows of y, the products. TILE_K features at a time: strict float32 has no registers for
+    more, since it takes each number in two."""
+    total = tl.zeros((TILE_M, TILE_N), ACC)
+    for c in range(0, FEATURES, TILE_K):
+        x_tile = _columns(x, b, h, first_m, c, L, x_b, x_h, x_m, x_d, FEATURES, TILE_M, TILE_K)
+        y_tile = _columns(y, b, h_y, first_n, c, S, y_b, y_h, y_n, y_d, FEATURES, TILE_N, TILE_K)
+        total = tl.dot(x_tile, y_tile.T, total, input_precision=PRECISION, out_dtype=ACC)
+    return total
+
+
+@triton.jit
 def store_rows(
     x, tile, b, h, first, ROWS, COLUMNS, x_b, x_h, x_m, x_d, TILE_R: tl.constexpr, TILE_C: tl.constexpr
 ):  # fmt: skip

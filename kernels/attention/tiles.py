@@ -27,10 +27,10 @@ _DQ = {
     ("16", 64): (Tile(64, 64, warps=8, stages=2), Tile(64, 64, warps=8, stages=2)),
     ("16", 128): (Tile(64, 64, warps=8, stages=2), Tile(32, 64, warps=8, stages=1)),
     ("16", 256): (Tile(32, 32, warps=8, stages=1), Tile(32, 32, warps=8, stages=1)),
-    ("32", 64): (Tile(32, 32, warps=8, stages=1), Tile(16, 32, warps=8, stages=1)),
+    ("32", 64): (Tile(32, 32, warps=8, stages=1), Tile(32, 32, warps=8, stages=1)),
     ("32", 128): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
     ("32", 256): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
-    ("64", 64): (Tile(16, 16, warps=4, stages=1), Tile(16, 16, warps=4, stages=1)),
+    ("64", 64): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
     ("64", 128): (Tile(16, 16, warps=8, stages=1), Tile(16, 16, warps=8, stages=1)),
 }
 _DKDV = {
