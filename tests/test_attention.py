@@ -38,15 +38,16 @@ def gradients(function: Callable[..., Any], *tensors: torch.Tensor, dy: torch.Te
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
-def judge(ours: Callable[..., Any], theirs: Callable[..., Any], *tensors: torch.Tensor) -> None:
-    """Result and gradients at most twice as far from float64 as torch's formula."""
+def judge(ours: Callable[..., Any], theirs: Callable[..., Any], *tensors: torch.Tensor, scale: float = 1) -> None:
+    """Result and gradients at most twice as far from float64 as torch's formula. `scale`: the size of what the last gradient is
+    the sum of."""
     dy = torch.randn_like(theirs(*tensors))
     mine = gradients(ours, *tensors, dy=dy)
     with by_formula():
         others = [gradients(theirs, *moved, dy=moved_dy) for *moved, moved_dy in neighbours(*tensors, dy)]
         exact = gradients(theirs, *[t.double() for t in tensors], dy=dy.double())
     for i, (a, c, *b) in enumerate(zip(mine, exact, *others, strict=True)):
-        assert_within_budget(a, b, c, str(i), 1)
+        assert_within_budget(a, b, c, str(i), scale if i == len(tensors) else 1)
 
 
 def heads(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
