@@ -337,6 +337,9 @@ def _others() -> Iterator[Run]:
     for short, target in itertools.product(("bf16", "f32", "f64"), TARGETS):
         label = f"second derivatives of attention with dropout, {short}, {target}"
         yield Run(label, functools.partial(of_rows.dropped_twice, DTYPES[short]), False)
+        yield Run(
+            f"gradient of averaged GELU, {short}, {target}", functools.partial(of_rows.averaged, DTYPES[short]), False
+        )
     for target in TARGETS:
         yield Run(f"linear replayed, bf16, {target}", _replayed, target == "sm_90")
 

@@ -90,3 +90,16 @@ def dropped_twice(dtype: torch.dtype) -> None:
     # The weights of a query are all the same, and values are unit vectors: the result is the weights after dropout.
     exact = y.double().mT @ dy.double()
     assert_within_budget(dv, (y.float().mT @ dy.float()).to(dtype), exact)
+
+
+def averaged(dtype: torch.dtype) -> None:
+    """An activation's gradient from that of a mean, which is expanded."""
+    torch.manual_seed(0)
+    x, dys = torch.randn(6, 40, 7).to(dtype), [torch.randn(6).to(dtype), torch.randn(40, 7).to(dtype)]
+    every = []
+    for gelu, given in ((FL.gelu, dtype), (torch.nn.functional.gelu, dtype), (torch.nn.functional.gelu, torch.float64)):
+        leaf = x.to(given).requires_grad_()
+        means = gelu(leaf).mean((1, 2)), gelu(leaf).mean(0)
+        every.append([torch.autograd.grad(y, leaf, dy.to(given))[0] for y, dy in zip(means, dys, strict=True)])
+    for ours, torchs, exact in zip(*every, strict=True):
+        assert_within_budget(ours, torchs, exact)
