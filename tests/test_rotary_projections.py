@@ -204,12 +204,13 @@ def one_by_one(x: Any, weights: Any, biases: Any, cos: Any, sin: Any, *, head_di
 def test_one_kernel(
     dtype: torch.dtype, turned: int, interleaved: bool, device: torch.device, launched: list[str]
 ) -> None:
-    """The same numbers as of three products and `rotary_embedding`, to the last bit where the sums' steps are the same."""
+    """The same numbers as of three products and `rotary_embedding`. In the interpreter products are NumPy's, which adds up in an
+    order that depends on their sizes."""
     given = draw((3, 1, 2), 16, turned, shape=(2, 21), device=device, dtype=dtype)
     words: Any = dict(head_dim=16, interleaved=interleaved)
     mine = FL.rotary_projections(*given, **words)
     assert launched == ["_rotary_matmul_kernel"]
-    torch.testing.assert_close(mine, one_by_one(*given, **words), rtol=0, atol=0)
+    torch.testing.assert_close(mine, one_by_one(*given, **words), rtol=0, atol=4e-6 if dtype == torch.float32 else 8e-3)
     launched.clear()
     torch.autograd.grad(mine, [given[0], *given[1], *(given[2] or [])], [torch.randn_like(y) for y in mine])
     assert launched == ["_rotary_kernel", *["_matmul_kernel"] * 6]

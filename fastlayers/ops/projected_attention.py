@@ -26,7 +26,7 @@ def _softmax(x: torch.Tensor) -> torch.Tensor:
 
 def in_heads(x: torch.Tensor, heads: int, batch: int) -> torch.Tensor:
     """Of (rows, N, E), or (N, rows, E) if `batch` is 0, a view (N, heads, rows, E / heads)."""
-    x = x.unflatten(-1, (heads, x.shape[-1] // heads))
+    x = x.view(*x.shape[:-1], heads, x.shape[-1] // heads)  # batched gradients know no unflatten
     return x.transpose(1, 2) if batch == 0 else x.permute(1, 2, 0, 3)
 
 

@@ -179,11 +179,14 @@ def _layers(target: str) -> Iterator[Run]:
 
 
 FORCED = (
-    "AdaptiveAvgPool2d one, bf16", "BatchNorm1d plain in parts, bf16", "CosineSimilarity vector, bf16",
-    "Embedding common, bf16", "GRU steps by steps, bf16", "InstanceNorm2d with running averages, bf16",
+    "AdaptiveAvgPool2d one, bf16", "AdaptiveMaxPool2d one, bf16", "BatchNorm1d plain in parts, bf16",
+    "CosineSimilarity vector, bf16", "Embedding common, bf16", "GRU steps by steps, bf16",
+    "InstanceNorm2d with running averages, bf16",
     "LayerNorm no_bias in parts, bf16", "LinearCrossEntropyLoss through descriptors, bf16",
     "LinearCrossEntropyLoss through descriptors, tf32", "MultiheadAttention weights, bf16", "PReLU one, bf16",
-    "scaled_dot_product_attention decoding, bf16", "conv by boxes groups of 32 NCHW, bf16", "conv measured by boxes NHWC, bf16",
+    "scaled_dot_product_attention bias, bf16", "scaled_dot_product_attention decoding, bf16",
+    "second derivatives of attention with dropout, bf16",
+    "conv by boxes groups of 32 NCHW, bf16", "conv measured by boxes NHWC, bf16",
     "gated_mlp through descriptors, bf16", "gated_mlp through pointers aligned, bf16", "product specialized both, bf16",
     "rotary_projections through descriptors, bf16", "rotary_projections through pointers aligned, bf16",
 )  # fmt: skip
