@@ -14,7 +14,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ptx_machine import coverage
 
 Line = dict[str, Any]
 
@@ -153,9 +153,7 @@ def _counted() -> Iterator[Counter[str]]:
 
 def known_kernels() -> set[str]:
     """The names of all kernels, as `launch.name_of` has them."""
-    folder = Path(__file__).parent.parent / "kernels"
-    sources = [path.read_text() for path in folder.rglob("*.py")]
-    return {name.strip("_") for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
+    return {name.strip("_") for name in coverage.kernels()}
 
 
 def _why(line: Line) -> str:

@@ -58,12 +58,17 @@ def add(found: Launched) -> None:
     FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
+def kernels() -> set[str]:
+    """The names of all kernels, as they stand in the sources."""
+    sources = (path.read_text() for path in KERNELS.rglob("*.py"))
+    return {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
+
+
 def faults(labels: Iterable[str]) -> list[str]:
     """What keeps the table from being complete, given the labels of all runs."""
     lines, wanted = known(), {*labels}
     launched = {kernel for what in lines.values() if isinstance(what, list) for kernel in what}
-    sources = (path.read_text() for path in KERNELS.rglob("*.py"))
-    every = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
+    every = kernels()
     return [
         *(f"was run once, and no longer is: {label}" for label in sorted(lines.keys() - wanted)),
         *(f"was never run: {label}" for label in sorted(wanted - lines.keys())),
