@@ -5,7 +5,8 @@
 The launchers themselves run, on meta tensors, with a driver that compiles instead of launching: so the specialisation
 (alignment, sizes equal to 1, 64-bit offsets) is that of a real launch, and no argument list is written twice.
 
-Exit status 1 for what the interpreter accepts and the compiler rejects, for a spill, for a tile that does not fit into
+Exit status 1 for what the interpreter accepts and the compiler rejects, for a spill (with another Triton than the one that
+compiled the committed rows: for more than 32), for a tile that does not fit into
 shared memory, on NVIDIA for an access narrower than 128 bits in a kernel that memory decides, and for a row that is worse
 than the committed one in bench/baseline.json: a new spill, lost matrix instructions or asynchronous copies, narrower
 accesses, a main loop longer by more than a tenth. `--update` rewrites that file.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import re
@@ -187,6 +189,13 @@ def _estimated(row: Row, case: Case, gpu: gpus.GPU, programs: int) -> estimate.E
     return estimate.estimate(counted, gpu, case.work, programs * row["threads"] // 32, products)
 
 
+@functools.cache
+def _most_spills() -> int:
+    """None with the Triton that compiled the committed rows. Another one's ptxas gives registers out in its own way, and a few
+    loads and stores more are no fault of the kernel."""
+    return 0 if read_baseline()[0] == triton.__version__ else 32
+
+
 def _wrong(case: Case, row: Row) -> str | None:
     """What no kernel may do, whatever it did before."""
     limit = SHARED_MEMORY[row["target"]]
@@ -194,7 +203,7 @@ def _wrong(case: Case, row: Row) -> str | None:
         return f"has {row['threads']} threads, of which a program may have 1024"
     if row["shared"] > limit:
         return f"needs {row['shared']} bytes of shared memory, {row['target']} has {limit}"
-    if row["spills"] > 0:
+    if row["spills"] > _most_spills():
         return f"{row['spills']} spills"
     if case.streams and row["target"].startswith("sm_") and set(row["loads"]) | set(row["stores"]) != {"128"}:
         return f"accesses narrower than 128 bits: loads {row['loads']}, stores {row['stores']}"
@@ -351,6 +360,10 @@ def main(argv: list[str]) -> int:
             _print(_cells(row))
             if comparable and base is not None and not options.update and (worse := compare(row, base)):
                 row.setdefault("error", "worse than committed: " + "; ".join(worse))
+        if row.get("spills") and "error" not in row:
+            print(f"    NOTE {row['kernel']} {row['target']}: {row['spills']} spills", flush=True)
+            if options.update:
+                row["error"] = "spills, which a committed row may not"
         if "error" in row:
             print(f"    ERROR {row['kernel']} {row['target']}: {row['error']}", flush=True)
     errors = [row for row in rows if "error" in row]
