@@ -59,7 +59,8 @@ class Projections(Rotary):
                 self.biases.append(torch.randn(n * head_dim))
 
     def forward(self, x: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weights, biases = [*self.weights], [*self.biases] or [None] * len(self.weights)
+        # torch 2.11 doesn't compile `[*self.weights]`.
+        weights, biases = list(self.weights), list(self.biases) or [None] * len(self.weights)
         angles: Any = (self.cos, self.sin)
         words: Any = dict(head_dim=self.head_dim, interleaved=self.interleaved)
         if self.joined and len(weights) == 1:

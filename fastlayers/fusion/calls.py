@@ -12,6 +12,7 @@ import __future__
 import ast
 import copy
 import functools
+import inspect
 import operator
 import types
 import weakref
@@ -22,16 +23,30 @@ from torch import nn
 
 from .. import _originals
 from . import rotary, source
-from .state import ATOMS, MISSING, found_on_class
+from .state import MISSING, found_on_class
 
-__all__ = ["chosen", "leads"]
+__all__ = ["GRAPHS", "Beginning", "chosen", "leads"]
 
-_NAME = "_fastlayers_chosen"
+GRAPHS = "_fused_graphs"
+"""Where a fused module keeps its graphs."""
+_NAME, _BEGIN, _BEGUN = "_fastlayers_chosen", "_fastlayers_begin", "_fastlayers_begun"
 _FUTURE = functools.reduce(operator.or_, [getattr(__future__, n).compiler_flag for n in __future__.all_feature_names])
 _FRAMES = {"dir", "eval", "exec", "locals", "vars"}
 """Functions that see the variables of the one that calls them."""
 _COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+
+
+class Beginning:
+    """The first statements of a method, which a graph may stand for. Each one is equal to itself alone.
+
+    Args:
+        count: how many there are.
+        names: of the variables that have other values after them, and are used later.
+    """
+
+    def __init__(self, count: int, names: tuple[str, ...]):
+        self.count, self.names = count, names
 
 
 class _Copy(NamedTuple):
@@ -43,6 +58,8 @@ class _Copy(NamedTuple):
     """Of the variable `chosen` among those around the copy."""
     may_turn: bool
     """Whether it may be a function for rotary embedding, as its arguments are called."""
+    beginning: Beginning | None
+    """What of it a graph may stand for. Then the copy has another variable around it, `_BEGIN`."""
     of: Any
     """A weak reference to the code, which takes this away with it."""
 
@@ -50,8 +67,6 @@ class _Copy(NamedTuple):
 _copies: dict[int, _Copy] = {}
 """By the code's identity: its hash is computed of all that it contains. A function of the copy is made at every call, since one
 that is kept would keep what is in the variables around it and in its defaults, such as a model."""
-_turning: weakref.WeakKeyDictionary[types.FunctionType, tuple[Any, Any, Any, Any]] = weakref.WeakKeyDictionary()
-"""Of functions that may be for rotary embedding: code, defaults, and ours or None."""
 _CELLS = (types.CellType(),)
 
 
@@ -73,13 +88,18 @@ _CELLS[0].cell_contents = chosen
 def _copied(function: types.FunctionType) -> Any:
     found = _copies.get(id(function.__code__)) or _copy(function)
     if found.may_turn:
-        ours = _turns(function)
+        ours = rotary.found(function)
         if ours is not None:
-            return ours
+            return ours.call
     if found.code is None:
         return function
     cells, place = function.__closure__, found.place
-    cells = _CELLS if cells is None else cells[:place] + _CELLS + cells[place:]
+    if found.beginning is not None:
+        around = dict(zip(function.__code__.co_freevars, cells or (), strict=True))
+        around |= {_NAME: _CELLS[0], _BEGIN: types.CellType(functools.partial(_begun, function, found.beginning))}
+        cells = tuple([around[name] for name in found.code.co_freevars])
+    else:
+        cells = _CELLS if cells is None else cells[:place] + _CELLS + cells[place:]
     made = types.FunctionType(found.code, function.__globals__, function.__name__, function.__defaults__, cells)
     made.__qualname__ = function.__qualname__
     if function.__kwdefaults__ is not None:
@@ -94,45 +114,43 @@ def _copy(function: types.FunctionType) -> _Copy:
     if found is not None:
         return found
     of = weakref.ref(code, lambda _: _copies.pop(key, None))
-    made, may_turn = None, False
+    made, beginning, may_turn = None, None, False
     if source.is_readable(function):
-        made, may_turn = _made(function), code.co_varnames[2:4] == ("cos", "sin") and not code.co_freevars
+        (made, beginning), may_turn = _made(function), rotary.may_be(function)
     place = 0 if made is None else made.co_freevars.index(_NAME)
-    found = _copies[key] = _Copy(made, place, may_turn, of)
+    found = _copies[key] = _Copy(made, place, may_turn, beginning, of)
     return found
 
 
-def _turns(function: types.FunctionType) -> Any:
-    """Ours for a function that computes rotary embedding; None for another one. Ours holds the function, and so isn't asked for
-    one that holds anything but plain values."""
-    now = function.__code__, function.__defaults__, function.__kwdefaults__
-    found = _turning.get(function)
-    if found is not None and all([a is b for a, b in zip(found, now, strict=False)]):
-        return found[3]
-    if not rotary.is_unseen():
-        return None
-    held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    ours = rotary.ours(function) if all([type(value) in ATOMS for value in held]) else None
-    _turning[function] = (*now, ours)
-    return ours
+def _begun(function: types.FunctionType, first: Beginning, owner: Any, *args: Any) -> tuple[Any, ...] | None:
+    """What a copy calls before its first statements: the values of their variables, where a graph stands for them."""
+    graphs = vars(owner).get(GRAPHS) if isinstance(owner, nn.Module) else None
+    return None if graphs is None else graphs.begun(owner, function, first, args)
 
 
 # --- the copy -------------------------------------------------------------------------------------------------------------
 
 
-def _made(function: types.FunctionType) -> types.CodeType | None:
+def _made(function: types.FunctionType) -> tuple[types.CodeType | None, Beginning | None]:
     """The code of a function's copy; None where no call in it is to be looked at, or where its source isn't what runs."""
     try:
         tree = copy.deepcopy(_tree(function))
         sites = [] if tree is None else [*_sites(function, tree)]
-        return _compiled(function.__code__, tree, sites) if tree is not None and sites else None
+        if tree is None or not sites:
+            return None, None
+        beginning = _beginning(function.__code__, tree, sites)
+        return _compiled(function.__code__, tree, sites, beginning), beginning
     except (RecursionError, SyntaxError):  # of a deep expression, or where compile's warnings are errors
-        return None
+        return None, None
 
 
-def _compiled(code: types.CodeType, tree: ast.FunctionDef, sites: Sequence[_Site]) -> types.CodeType:
+def _compiled(
+    code: types.CodeType, tree: ast.FunctionDef, sites: Sequence[_Site], beginning: Beginning | None
+) -> types.CodeType:
     for node, _, _ in sites:
         node.func = ast.Call(ast.Name(_NAME, ast.Load()), [node.func], [])
+    if beginning is not None:
+        tree.body = _with_a_graph(code, tree.body, beginning)
     # What is evaluated where a function is defined isn't part of its code. Its own name may be that of a global variable.
     tree.decorator_list, tree.returns, tree.name, tree.lineno = [], None, f"{_NAME}_copy", code.co_firstlineno
     setattr(tree, "type_params", [])  # noqa: B010 (from Python 3.12)
@@ -141,7 +159,8 @@ def _compiled(code: types.CodeType, tree: ast.FunctionDef, sites: Sequence[_Site
     for argument in ast.walk(tree.args):
         if isinstance(argument, ast.arg):
             argument.annotation = None
-    around = [ast.arg(name) for name in (_NAME, *code.co_freevars)]
+    added = (_NAME,) if beginning is None else (_NAME, _BEGIN)
+    around = [ast.arg(name) for name in (*added, *code.co_freevars)]
     empty: Any = dict(posonlyargs=[], kwonlyargs=[], kw_defaults=[], defaults=[])
     outer = ast.FunctionDef("around", ast.arguments(args=around, **empty), [tree], [])
     module = ast.fix_missing_locations(ast.Module([outer], []))
@@ -180,9 +199,60 @@ def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
         for name in (*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars)
     }
     private = any(["__" in name and not name.endswith("__") for name in names])
-    if not isinstance(tree, ast.FunctionDef) or private or names & {_NAME, *_FRAMES}:
+    if not isinstance(tree, ast.FunctionDef) or private or names & {_NAME, _BEGIN, _BEGUN, *_FRAMES}:
         return None
     return tree
+
+
+# --- its first statements -------------------------------------------------------------------------------------------------
+
+
+def _beginning(code: types.CodeType, tree: ast.FunctionDef, sites: Sequence[_Site]) -> Beginning | None:
+    """The statements of a method up to the first one that may call a function for rotary embedding: they compute query, key and
+    value. None if there are none that a graph could stand for."""
+    turning = {id(s.node) for s in sites if isinstance(s.value, types.FunctionType) and rotary.may_be(s.value)}
+    count = next((i for i, s in enumerate(tree.body, 1) if any([id(node) in turning for node in ast.walk(s)])), 0)
+    named = code.co_argcount + code.co_kwonlyargcount
+    any_number = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    declares = any([isinstance(node, ast.Global | ast.Nonlocal) for node in ast.walk(tree)])
+    if not count or not code.co_argcount or declares:
+        return None
+    first, others = tree.body[:count], tree.body[count:]
+    if _names(first) & {*code.co_varnames[named : named + any_number]}:
+        return None
+    used = _names(others)
+    return Beginning(count, tuple([name for name in dict.fromkeys(_assigned(first)) if name in used]))
+
+
+def _names(statements: Sequence[ast.stmt]) -> set[str]:
+    return {node.id for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Name)}
+
+
+def _assigned(nodes: Sequence[ast.AST]) -> Iterator[str]:
+    """The names of the function's own variables that are assigned to, or deleted."""
+    for node in nodes:
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.comprehension):  # has variables of its own
+            yield from _assigned([node.iter, *node.ifs])
+        elif not isinstance(node, _SCOPES):
+            yield from _assigned([*ast.iter_child_nodes(node)])
+
+
+def _with_a_graph(code: types.CodeType, body: list[ast.stmt], beginning: Beginning) -> list[ast.stmt]:
+    """The statements of the copy: the first ones run where no graph stands for them. What the graph gives isn't kept longer than
+    the function's own variables keep it."""
+    named = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    begun = ast.Name(_BEGUN, ast.Load())
+    asked = ast.Call(ast.Name(_BEGIN, ast.Load()), [ast.Name(name, ast.Load()) for name in named], [])
+    targets = ast.Tuple([ast.Name(name, ast.Store()) for name in beginning.names], ast.Store())
+    ask = ast.Assign([ast.Name(_BEGUN, ast.Store())], asked)
+    take: list[ast.stmt] = [
+        ast.Assign([targets], begun),
+        ast.Assign([ast.Name(_BEGUN, ast.Store())], ast.Constant(None)),
+    ]
+    is_none = ast.Compare(begun, [ast.Is()], [ast.Constant(None)])
+    return [ask, ast.If(is_none, body[: beginning.count], take), *body[beginning.count :]]
 
 
 # --- its calls ------------------------------------------------------------------------------------------------------------
@@ -277,7 +347,7 @@ def _leads(function: types.FunctionType, module: nn.Module | None, seen: set[int
     if id(function) in seen or not _is_somebodys(function):
         return False
     seen.add(id(function))
-    if _copy(function).may_turn and _turns(function) is not None:
+    if _copy(function).may_turn and rotary.found(function) is not None:
         return True
     tree = _tree(function)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] if tree is not None else []

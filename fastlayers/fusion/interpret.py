@@ -13,19 +13,18 @@ import functools
 import inspect
 import types
 from collections import OrderedDict
-from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import TraceError
 
 from .. import _torch
 from .._state import own
 from . import allowed, plan, source
 from .expressions import Expressions, Refused
 from .objects import Objects
-from .state import ATOMS, MISSING, Looked, forward_of, found_on_class
+from .state import MISSING, Looked, forward_of, found_on_class
 from .statements import Frame
 from .values import (
     MUTABLE,
@@ -34,9 +33,9 @@ from .values import (
     Parent,
     Text,
     Training,
-    expects,
     has_mutable,
     has_node,
+    inplace,
     is_given,
     is_known,
     is_opaque,
@@ -65,15 +64,21 @@ class Left(NamedTuple):
 
 
 class Interpreter(Objects):
-    """Makes one graph of one model.
+    """Makes one graph of one model. What is read first is said by tracer.Tracer.
 
     Args:
         training: of the model itself.
-        inplace: the function that the graph calls for an operator that writes into its first operand.
+        stands_for: what the graph calls in the place of a function of somebody's, which isn't read then; None for one that is
+            read.
     """
 
-    def __init__(self, model: nn.Module, training: bool, inplace: Any):
-        self.model, self.training, self._inplace, self.in_place = model, training, inplace, False
+    def __init__(
+        self,
+        model: nn.Module,
+        training: bool,
+        stands_for: Callable[[types.FunctionType, bool], Any] = lambda function, in_place: None,
+    ):
+        self.model, self.training, self._stands_for, self.in_place = model, training, stands_for, False
         self.graph, self.looked = fx.Graph(), Looked()
         self.graph.erase_node(self.graph.placeholder("self"))  # reserves the name "self", which the generated code uses
         self.paths = {id(m): path for path, m in model.named_modules()}
@@ -83,56 +88,6 @@ class Interpreter(Objects):
         self._own: dict[int, Any] = {}
         """Lists, dictionaries and sets that the forward itself has made."""
         self._given: set[fx.Node] = set()
-
-    def trace(self) -> None:
-        """Fill the graph.
-
-        Raises:
-            TraceError: where the model's own forward stands in the way.
-        """
-        frame = self._begin()
-        if self._is_sequence(self.model):
-            result = self._sequence(frame, _NOWHERE, self.model, self.graph.placeholder("input"))
-        else:
-            result = self.run(frame.function, self._arguments(frame.function))
-        self.graph.output(self._argument(frame, _NOWHERE, result))
-
-    def trace_call(self, args: Sequence[Any], kwargs: dict[str, Any], given: Any) -> None:
-        """Fill the graph for calls with such arguments: those that are `given` are its inputs, the others always the same.
-
-        Raises:
-            TraceError: where the model's own forward stands in the way.
-        """
-        self.in_place = True
-        frame = self._begin()
-        inputs = [self._input(f"argument_{i}") if v is given else v for i, v in enumerate(args)]
-        named = {n: self._input(f"keyword_{i}") if v is given else v for i, (n, v) in enumerate(kwargs.items())}
-        if self._is_sequence(self.model):
-            if len(inputs) != 1 or named:
-                raise frame.refuse(_NOWHERE, "takes one argument")
-            result = self._sequence(frame, _NOWHERE, self.model, inputs[0])
-        else:
-            result = self._call_function(frame, _NOWHERE, frame.function, [self.model, *inputs], named)
-        self.graph.output(self._argument(frame, _NOWHERE, result))
-
-    def trace_function(self, function: types.FunctionType, count: int, kwargs: dict[str, Any]) -> None:
-        """Fill the graph for calls of a function with so many arguments and these keywords. Raises TraceError where it stands
-        in the way."""
-        frame, inputs = Frame(self, function, {}), [self._input(f"argument_{i}") for i in range(count)]
-        result = self.call(frame, _NOWHERE, function, inputs, kwargs)
-        self.graph.output(self._argument(frame, _NOWHERE, result))
-
-    def _begin(self) -> Frame:
-        forward = self._forward(self.model)
-        self.looked.written(self.model)
-        self.looked.global_hooks()
-        return Frame(self, forward, {})
-
-    def _input(self, name: str) -> fx.Node:
-        """An argument that is something: None would be another kind of call."""
-        node = self.graph.placeholder(name)
-        self._given.add(node)
-        return node
 
     def _forward(self, module: nn.Module) -> types.FunctionType:
         """The function that a module's forward is."""
@@ -148,32 +103,6 @@ class Interpreter(Objects):
         number, wrapper = inner.__code__.co_firstlineno, f"{_name(type(forward))} of {source.home(forward)}"
         place = f"{inner.__code__.co_filename}:{number}"
         raise Refused(place, source.line(inner, number), f"is wrapped in {wrapper}")
-
-    def _arguments(self, forward: types.FunctionType) -> dict[str, Any]:
-        """The forward's variables at its beginning: a node for each argument, but for those that a model may well ask for."""
-        parameters = [*inspect.signature(forward, follow_wrapped=False).parameters.values()]
-        if not parameters or parameters[0].kind is parameters[0].VAR_POSITIONAL:
-            raise TraceError("the model's forward names no self")
-        first, *others = parameters
-        found: dict[str, Any] = {first.name: self.model}
-        checks = []
-        for parameter in others:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                place = f"{forward.__code__.co_filename}:{forward.__code__.co_firstlineno}"
-                text = source.line(forward, forward.__code__.co_firstlineno)
-                raise Refused(place, text, f"takes any number of arguments as {parameter.name}")
-            default = parameter.default
-            if default is not parameter.empty and not isinstance(default, (*ATOMS, tuple)):
-                raise TraceError(f"forward's argument {parameter.name} is a {type(default).__name__} by default")
-            given = default if default is not parameter.empty else inspect.Signature.empty
-            node = self.graph.placeholder(parameter.name, default_value=given)
-            found[parameter.name] = node
-            if default is None or isinstance(default, bool | str):  # what forward may well ask for: `if mask is None`
-                checks.append((parameter.name, default, node))
-                found[parameter.name] = default
-        for check in checks:
-            self._whole(self.graph.call_function(expects, check))
-        return found
 
     def run(self, function: types.FunctionType, variables: dict[str, Any]) -> Any:
         """What a function returns, given its arguments by name."""
@@ -212,7 +141,7 @@ class Interpreter(Objects):
 
     def inplace(self, frame: Expressions, node: ast.AST, operation: str, *args: Any) -> Any:
         """An operator that writes into its first operand."""
-        return self.note(frame, node, self._inplace, (operation, *args))
+        return self.note(frame, node, inplace, (operation, *args))
 
     def _argument(self, frame: Expressions, node: ast.AST, value: Any) -> Any:
         """A value as an argument of a node."""
@@ -317,6 +246,9 @@ class Interpreter(Objects):
         """Look into a function of somebody's own."""
         if not isinstance(function, types.FunctionType) or not source.is_readable(function):
             raise frame.refuse(node, f"calls {_name(function)}, which isn't known to be traced rightly")
+        ours = self._stands_for(function, self.in_place)
+        if ours is not None:
+            return self.note(frame, node, ours, args, kwargs)
         try:
             bound = inspect.signature(function, follow_wrapped=False).bind(*args, **kwargs)
         except TypeError as error:

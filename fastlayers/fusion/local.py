@@ -8,6 +8,8 @@ import functools
 import inspect
 import threading
 import weakref
+from collections.abc import Iterable
+from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
@@ -15,11 +17,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx.proxy import TraceError
 
 from .._state import class_before
-from . import calls, plan, trace
+from . import calls, plan, rotary, trace
 from .state import MISSING
 
-_GRAPHS = "_fused_graphs"
-"""Where a fused module keeps its graphs."""
 _CONSTANT = (type(None), bool, str)
 """Types of arguments that decide something in many forwards, and get a graph for each value."""
 _KINDS, _CHANGES = 16, 8
@@ -39,8 +39,9 @@ _GIVEN = _Given()
 
 
 class Graphs:
-    """The graphs of one module, by the kind of a call: whether it is in training, the names of its arguments, and the values of
-    those that are None, a bool or a word. Copies and pickles of a module begin anew."""
+    """The graphs of one module: of its forward, and of the first statements of its methods. There is one for each kind of call:
+    whether the module is in training, the names of the arguments, and the values of those that are None, a bool or a word. Copies
+    and pickles of a module begin anew."""
 
     def __init__(self) -> None:
         self._module: weakref.ref[nn.Module] | None = None
@@ -57,6 +58,29 @@ class Graphs:
             tuple([v if type(v) in _CONSTANT else _GIVEN for v in args]),
             tuple([(name, v if type(v) in _CONSTANT else _GIVEN) for name, v in kwargs.items()]),
         )
+        return self._of_kind(module, kind)
+
+    def begun(
+        self, module: nn.Module, function: FunctionType, first: calls.Beginning, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """The values of some variables of a method after its first statements, which are computed by a graph; None where the
+        statements are to run."""
+        given = tuple([v if type(v) in _CONSTANT else _GIVEN for v in args])
+        graph = self._of_kind(module, (module.training, given, function, first))
+        return None if graph is None else self.run(graph, module, args)
+
+    def run(self, graph: Any, module: nn.Module, args: Iterable[Any]) -> Any:
+        """What a graph of this module's computes."""
+        graph.__dict__["training"] = module.training
+        result = type(graph).forward(graph, *[v for v in args if type(v) not in _CONSTANT])
+        if graph._looked.late:
+            changed = graph._looked.changed(module, within=True)
+            if changed is not None:
+                self.give_up()
+                raise RuntimeError(f"{changed} is changed by a call and read in it, which a graph can't follow")
+        return result
+
+    def _of_kind(self, module: nn.Module, kind: tuple[Any, ...]) -> Any:
         graph = self._found.get(kind, MISSING)
         if self._module is None or self._module() is not module:
             if self._module is not None:  # a shallow copy, whose parameters aren't those of the graphs
@@ -67,11 +91,13 @@ class Graphs:
         with _lock:
             return self._make(module, kind)
 
-    def _make(self, module: nn.Module, kind: Any) -> Any:
+    def _make(self, module: nn.Module, kind: tuple[Any, ...]) -> Any:
         if kind not in self._found and len(self._found) >= _KINDS:
             return None
+        if len(kind) == 4 and not rotary.is_unseen():  # then a function for rotary embedding isn't recognised
+            return None
         self._changes[kind] = self._changes.get(kind, 0) + 1
-        self._found[kind] = _made(module, kind[1], dict(kind[2])) if self._changes[kind] <= _CHANGES else None
+        self._found[kind] = _made(module, *kind[1:]) if self._changes[kind] <= _CHANGES else None
         return self._found[kind]
 
     def give_up(self) -> None:
@@ -79,11 +105,13 @@ class Graphs:
         self._found = dict.fromkeys(self._found)
 
 
-def _made(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A module's forward as a graph in which something runs fused; None where its forward can't be read, nothing is found, or
-    names are none that Python's source can have."""
+def _made(module: nn.Module, args: tuple[Any, ...], of: Any, first: calls.Beginning | None = None) -> Any:
+    """A graph in which something runs fused: of a module's forward, where `of` are its other arguments by name, or of the first
+    statements of a function. None where they can't be read, nothing is found, or names are none that Python's source can have."""
     try:
-        return trace.local(module, args, kwargs, _GIVEN)
+        if first is None:
+            return trace.local(module, args, dict(of), _GIVEN)
+        return trace.beginning(module, of, args, _GIVEN, first.count, first.names)
     except (TraceError, SyntaxError):
         return None
 
@@ -97,21 +125,13 @@ def class_after(cls: type[nn.Module]) -> type[nn.Module]:
         # Dynamo, torch.fx and torch.jit are to see the forward as it is written, and hooks for all modules every call.
         if is_dynamo_compiling() or plan.everyone_is_watched():
             return cls.forward(self, *args, **kwargs)
-        graphs: Any = self.__dict__.get(_GRAPHS)  # a module that was made from the generated class has none
+        graphs: Any = self.__dict__.get(calls.GRAPHS)  # a module that was made from the generated class has none
         graph = None if graphs is None else graphs.of(self, args, kwargs)
         if graphs is None:
             return cls.forward(self, *args, **kwargs)
         if graph is None:
             return calls.chosen(cls.forward)(self, *args, **kwargs)
-        inputs = [v for v in (*args, *kwargs.values()) if type(v) not in _CONSTANT]
-        graph.__dict__["training"] = self.training
-        result = type(graph).forward(graph, *inputs)
-        if graph._looked.late:
-            changed = graph._looked.changed(self, within=True)
-            if changed is not None:
-                graphs.give_up()
-                raise RuntimeError(f"{changed} is changed by a call and read in it, which a graph can't follow")
-        return result
+        return graphs.run(graph, self, (*args, *kwargs.values()))
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, args, *rest = super(after, self).__reduce_ex__(max(protocol, 2))
@@ -136,23 +156,23 @@ def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
 def is_fused(module: nn.Module) -> bool:
     """Whether its class is a generated one, or a subclass of one as parametrizations make it. Somebody may have given the module
     another class since, whose own forward runs."""
-    return _GRAPHS in vars(module) and hasattr(type(module), "_class_before")
+    return calls.GRAPHS in vars(module) and hasattr(type(module), "_class_before")
 
 
 def drop_unused(module: nn.Module) -> None:
     """Take the graphs from a module that is fused no longer, since somebody has given it another class."""
     if not is_fused(module):
-        vars(module).pop(_GRAPHS, None)
+        vars(module).pop(calls.GRAPHS, None)
 
 
 def fuse_in_place(module: nn.Module) -> None:
     module.__class__ = class_after(type(module))
-    vars(module)[_GRAPHS] = Graphs()
+    vars(module)[calls.GRAPHS] = Graphs()
 
 
 def undo(module: nn.Module) -> None:
     module.__class__ = class_before(type(module))
-    del vars(module)[_GRAPHS]
+    del vars(module)[calls.GRAPHS]
 
 
 def candidates(model: nn.Module, allowed: set[int]) -> list[nn.Module]:
@@ -189,7 +209,7 @@ def _guessed(module: nn.Module) -> Any:
         return None
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     for given in ([p for p in named if p.default is p.empty], named):
-        found = _made(module, tuple([_GIVEN for p in given if p.kind is not p.KEYWORD_ONLY]), {})
+        found = _made(module, tuple([_GIVEN for p in given if p.kind is not p.KEYWORD_ONLY]), ())
         if found is not None and _has_subclasses(type(module)):
             return found
     return None

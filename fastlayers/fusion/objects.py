@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from .._state import class_before
 from .state import MISSING, found_on_class
-from .values import Method, MethodOf, Parent, Text, Training, has_node, is_known, is_opaque
+from .values import Method, MethodOf, Parent, Text, Training, attribute_of, bound, has_node, is_known, is_opaque
 
 if TYPE_CHECKING:
     from .expressions import Expressions
@@ -194,6 +194,14 @@ class Objects:
         cls = type(owner)
         if cls is types.FunctionType and name == "__name__":
             return owner.__name__
+        if (
+            self.in_place
+            and cls.__getattribute__ not in _ORDINARY
+            and isinstance(cls.__getattribute__, types.FunctionType)
+        ):
+            # Written in Python by somebody, as of transformers' configurations: it is asked at every call, and may do anything.
+            self.looked.late = True
+            return self.note(frame, node, bound(attribute_of, owner), (name,))
         if cls.__getattribute__ not in _ORDINARY or not hasattr(owner, "__dict__"):
             raise frame.refuse(node, f"reads {name} of a {cls.__name__}")
         found = found_on_class(cls, name)

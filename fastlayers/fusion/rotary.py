@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +18,13 @@ from torch.fx.proxy import TraceError
 from .. import _torch
 from ..dispatch import support
 from ..ops.rotary import _rotary_embedding, rotary_embedding
-from . import trace
-from .state import MISSING
+from .state import ATOMS, MISSING
+from .tracer import Tracer
+from .values import bound
 
-__all__ = ["apply_rotary_pos_emb", "is_unseen", "ours"]
+__all__ = [
+    "Angles", "Rotary", "apply", "apply_rotary_pos_emb", "called_by", "found", "is_unseen", "may_be", "ours", "stands_for",
+]  # fmt: skip
 
 
 def apply_rotary_pos_emb(
@@ -66,6 +70,58 @@ def ours(function: types.FunctionType) -> Callable[..., Any] | None:
     pairs, and the gradients of that. Calls that the kernel doesn't take, and all calls when something that its graph was made
     of has changed, go to the function.
     """
+    rotary = _rotary(function)
+    return None if rotary is None else rotary.call
+
+
+_found: weakref.WeakKeyDictionary[types.FunctionType, tuple[Any, Any, Any, Any]] = weakref.WeakKeyDictionary()
+"""Of functions that may be for rotary embedding: code, defaults, and a Rotary or None."""
+
+
+def may_be(function: types.FunctionType) -> bool:
+    """Whether a function may compute rotary embedding, as its arguments are called."""
+    code = function.__code__
+    return code.co_varnames[2:4] == ("cos", "sin") and not code.co_freevars
+
+
+def found(function: types.FunctionType) -> Rotary | None:
+    """What takes the place of a function that `may_be` one, which is kept. It holds the function, and so isn't made of one that
+    holds anything but plain values."""
+    now = function.__code__, function.__defaults__, function.__kwdefaults__
+    known = _found.get(function)
+    if known is not None and all([a is b for a, b in zip(known, now, strict=False)]):
+        return known[3]
+    if not is_unseen():
+        return None
+    held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    rotary = _rotary(function) if all([type(value) in ATOMS for value in held]) else None
+    _found[function] = (*now, rotary)
+    return rotary
+
+
+def apply(function: types.FunctionType, *args: Any, **kwargs: Any) -> Any:
+    """What a graph calls in the place of such a function."""
+    rotary = None if is_dynamo_compiling() else found(function)
+    return (function if rotary is None else rotary.call)(*args, **kwargs)
+
+
+def stands_for(function: types.FunctionType, in_place: bool) -> Any:
+    """What a graph calls in the place of a function; None if it doesn't compute rotary embedding.
+
+    Args:
+        in_place: whether the graph is never pickled, as one that isn't in place may be: a pickle finds a function by its name.
+    """
+    global_one = function.__globals__.get(function.__qualname__) is function
+    return bound(apply, function) if (in_place or global_one) and may_be(function) and found(function) else None
+
+
+def called_by(node: fx.Node) -> types.FunctionType | None:
+    """The function for rotary embedding that a node of a graph calls; None if it calls another one."""
+    made = node.target
+    return made.args[0] if isinstance(made, functools.partial) and made.func is apply else None
+
+
+def _rotary(function: types.FunctionType) -> Rotary | None:
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # somebody gave it a signature that is none
@@ -77,17 +133,18 @@ def ours(function: types.FunctionType) -> Callable[..., Any] | None:
     for interleaved, repeated in ((False, False), (True, False), (True, True)):
         known = {dim: one for dim, one in read.items() if one and _computes(one.forward, dim, interleaved, repeated)}
         if MISSING in known:
-            return _calling(function, [*parameters][:4], known, interleaved, repeated)
+            return Rotary(function, [*parameters][:4], known, interleaved, repeated)
     return None
 
 
 def _read(function: types.FunctionType, **kwargs: Any) -> _Read | None:
+    tracer = Tracer(nn.Module(), False)
     try:
-        graph, looked = trace.of_function(function, 4, **kwargs)
+        tracer.trace_function(function, 4, kwargs)
     except (TraceError, SyntaxError):
         return None
-    read = fx.GraphModule(nn.Module(), graph)
-    return _Read(functools.partial(type(read).forward, read), looked)
+    read = fx.GraphModule(nn.Module(), tracer.graph)
+    return _Read(functools.partial(type(read).forward, read), tracer.looked)
 
 
 # --- what it computes -----------------------------------------------------------------------------------------------------
@@ -191,56 +248,98 @@ def _results(forward: Callable[..., Any], dtypes: tuple[torch.dtype, ...], turne
     return _Results(dtype, contiguous) if fits and (as_given or (contiguous and z.is_contiguous())) else None
 
 
-def _calling(
-    function: Callable[..., Any], names: Sequence[str], known: dict[Any, _Read], interleaved: bool, repeated: bool
-) -> Callable[..., Any]:
-    nobody, seen = nn.Module(), dict[Any, _Results | None]()
+class Angles(NamedTuple):
+    """What the kernel is given for a call, and what its results have to be."""
 
-    def results(dim: Any, forward: Any, tensors: Sequence[Any]) -> _Results | None:
-        key = dim, *[t.dtype for t in tensors], tensors[2].shape[-1] < tensors[0].shape[-1]
-        if key not in seen:
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+    dtype: torch.dtype
+    contiguous: bool
+
+
+class Rotary:
+    """In the place of a function that computes rotary embedding.
+
+    Args:
+        names: of its first arguments.
+        known: its graphs that were found to compute it, by unsqueeze_dim.
+        interleaved: as rotary_embedding's.
+        repeated: whether it takes the first half of the angles, each twice.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        names: Sequence[str],
+        known: dict[Any, _Read],
+        interleaved: bool,
+        repeated: bool,
+    ):
+        self._function, self._names, self._known = function, names, known
+        self._interleaved, self._repeated = interleaved, repeated
+        self._nobody, self._seen = nn.Module(), dict[Any, _Results | None]()
+
+        @functools.wraps(function)
+        def rotated(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs) if is_dynamo_compiling() else self._call(args, kwargs)
+
+        self.call = rotated
+
+    def given(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], Any] | None:
+        """Query, key, cos and sin, and unsqueeze_dim, which is MISSING where a call doesn't have it. None for a call with other
+        arguments."""
+        words = dict(kwargs)
+        if len(args) < 4:
+            args = (*args, *[words.pop(name) for name in self._names[len(args) :] if name in words])
+        dim = words.pop("unsqueeze_dim", MISSING)
+        return None if len(args) != 4 or words else (args, dim)
+
+    def angles(
+        self, dtypes: tuple[torch.dtype, torch.dtype], features: int, cos: torch.Tensor, sin: torch.Tensor, dim: Any
+    ) -> Angles | None:
+        """What the kernel is given for query and key of these dtypes and so many features; None where the function is to run."""
+        read = self._known.get(dim) if dim is MISSING or type(dim) is int else None
+        if read is None or read.looked.changed(self._nobody) is not None:
+            return None
+        if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[-1] % 2:
+            return None
+        like = self._results(dim, read.forward, (*dtypes, cos.dtype, sin.dtype), cos.shape[-1] < features)
+        if like is None:
+            return None
+        if self._repeated:
+            cos, sin = _repeated(cos), _repeated(sin)
+        return Angles(cos, sin, self._interleaved, like.dtype, like.contiguous)
+
+    def _results(self, dim: Any, forward: Any, dtypes: tuple[torch.dtype, ...], partly: bool) -> _Results | None:
+        key = dim, *dtypes, partly
+        if key not in self._seen:
             if not is_unseen():
                 return None
-            seen[key] = _results(forward, key[1:5], 4 if key[5] else 8)
-        return seen[key]
+            self._seen[key] = _results(forward, dtypes, 4 if partly else 8)
+        return self._seen[key]
 
-    @functools.wraps(function)
-    def rotated(*args: Any, **kwargs: Any) -> Any:
-        words, given = dict(kwargs), args
-        if len(args) < 4:
-            given = (*args, *[words.pop(name) for name in names[len(args) :] if name in words])
-        dim = words.pop("unsqueeze_dim", MISSING)
-        read = known.get(dim) if dim is MISSING or type(dim) is int else None
-        dims = [t.dim() if isinstance(t, torch.Tensor) else None for t in given]
-        if (
-            is_dynamo_compiling()
-            or read is None
-            or dims != [4, 4, 3, 3]
-            or words
-            or read.looked.changed(nobody) is not None
-        ):
-            return function(*args, **kwargs)
-        q, k, cos, sin = given
-        like = None if cos.shape != sin.shape or cos.shape[-1] % 2 else results(dim, read.forward, given)
-        if like is None:
-            return function(*args, **kwargs)
-        if q.dtype is not like.dtype or k.dtype is not like.dtype:
-            q, k = q.to(like.dtype), k.to(like.dtype)
-        if repeated:
-            cos, sin = _repeated(cos), _repeated(sin)
+    def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        given = self.given(args, kwargs)
+        if given is None or not all([isinstance(t, torch.Tensor) for t in given[0]]):
+            return self._function(*args, **kwargs)
+        (q, k, cos, sin), dim = given
+        angles = self.angles((q.dtype, k.dtype), q.shape[-1], cos, sin, dim) if q.dim() == k.dim() == 4 else None
+        if angles is None:
+            return self._function(*args, **kwargs)
+        if q.dtype is not angles.dtype or k.dtype is not angles.dtype:
+            q, k = q.to(angles.dtype), k.to(angles.dtype)
         if dim == 2:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
-        tensors = q, k, cos, sin
-        turned = _rotary_embedding(tensors, interleaved, joined=True)
+        tensors = q, k, angles.cos, angles.sin
+        turned = _rotary_embedding(tensors, angles.interleaved, joined=True)
         if turned is None:
-            reason = _rotary_embedding.reason_against(tensors, _rotary_embedding.options(interleaved))
-            call = functools.partial(function, *args, **kwargs)
+            reason = _rotary_embedding.reason_against(tensors, _rotary_embedding.options(angles.interleaved))
+            call = functools.partial(self._function, *args, **kwargs)
             return support.run_reference(_rotary_embedding.name, reason or "too large for this GPU", call)
         if dim == 2:
             turned = turned[0].transpose(1, 2), turned[1].transpose(1, 2)
-        return (turned[0].contiguous(), turned[1].contiguous()) if like.contiguous else turned
-
-    return rotated
+        return (turned[0].contiguous(), turned[1].contiguous()) if angles.contiguous else turned
 
 
 def is_unseen() -> bool:

@@ -17,6 +17,7 @@ from .. import _torch
 from ..ops.activation import CALLS, Activation
 from ..ops.norm import rms_norm_expression
 from . import linear, norm, plan
+from .values import inplace
 
 _SUMS = (operator.add, torch.add, "add")
 _KNOWN = ("torch", "fastlayers", "builtins", "math", "_operator")
@@ -29,15 +30,6 @@ _RANDOM = {
     "randint", "randint_like", "randn", "randn_like", "random", "randperm", "rrelu", "scaled_dot_product_attention", "uniform",
 }  # fmt: skip
 """Functions and methods that draw random numbers, without the underscore of those that write into a tensor."""
-
-
-class Calls(NamedTuple):
-    """The functions that a graph calls."""
-
-    run: Callable[..., Any]
-    """Of a row."""
-    inplace: Callable[..., Any]
-    """Of an operator that writes into its first operand."""
 
 
 class _Member(NamedTuple):
@@ -68,10 +60,10 @@ _WRITTEN: dict[Any, _Written] = {
 
 
 class Finder:
-    """Finds rows in a graph. `modules` are the model's, by path."""
+    """Finds rows in a graph. `modules` are the model's, by path; `run` is what the graph calls for a row."""
 
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], calls: Calls):
-        self.graph, self.modules, self.calls = graph, modules, calls
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], run: Callable[..., Any]):
+        self.graph, self.modules, self.run = graph, modules, run
         self.nodes = list(graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
 
@@ -175,7 +167,7 @@ class Finder:
         """If it is the sum of this operand and another one, and isn't written into the other one: its word, and which of the
         arguments the two are."""
         operands, word, offset = node.args, "add", 0
-        if node.target is self.calls.inplace and operands[0] == "iadd":
+        if node.target is inplace and operands[0] == "iadd":
             operands, word, offset = operands[1:], "iadd", 1
         elif node.target == "add_":
             word = "iadd"
@@ -211,7 +203,7 @@ class Finder:
         if node.op == "call_method":
             return str(node.target).endswith("_") or not hasattr(torch.Tensor, str(node.target))
         if node.op == "call_function":
-            known = node.target is not self.calls.inplace and _home(node) in _KNOWN
+            known = node.target is not inplace and _home(node) in _KNOWN
             name = getattr(node.target, "__name__", "_")
             return not known or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
         return False
@@ -231,7 +223,7 @@ class Finder:
         at = row[-2].node if with_sum and last.node.op == "call_module" else last.node
         with self.graph.inserting_before(at):
             parts = [self._argument(member) for member in row]
-            call = self.graph.call_function(self.calls.run, (first.node.args[first.input], with_sum, *parts))
+            call = self.graph.call_function(self.run, (first.node.args[first.input], with_sum, *parts))
             call.meta["is_wrapped"] = True  # as torch.fx.wrap: when the graph is traced again, the call stays one
             result = call
             if with_sum:

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import has_side_effect, map_arg
+from torch.fx.node import map_arg
 
 from .. import _torch
 from ..ops.activation import Activation
-from . import allowed, formulas, gated_mlp, linear, norm, plan
+from . import allowed, formulas, gated_mlp, linear, norm, plan, projections, rotary
 from .activation import layer_of
-from .interpret import Interpreter, Left
-from .rows import Calls, Finder
+from .interpret import Left
+from .rows import Finder
 from .state import Looked
+from .tracer import Tracer
 
 
 def fuse(model: nn.Module) -> fx.GraphModule:
@@ -105,65 +106,68 @@ def _layer(part: Any) -> Any:
     return plan.Residual(residual, lambda x: getattr(operator, word)(x, residual), inplace=word == "iadd")
 
 
-@has_side_effect
-def inplace(operation: str, *args: Any) -> Any:
-    """An operator that writes into its first operand: "iadd", "setitem", ..."""
-    return getattr(operator, operation)(*args)
-
-
 # --- how it comes about -----------------------------------------------------------------------------------------------
 
 
 def _traced(model: nn.Module, training: bool) -> tuple[fx.Graph, Looked, list[Left]]:
-    interpreter = Interpreter(model, training, inplace)
-    interpreter.trace()
-    return interpreter.graph, interpreter.looked, interpreter.left
+    tracer = Tracer(model, training, rotary.stands_for)
+    tracer.trace()
+    return tracer.graph, tracer.looked, tracer.left
 
 
 def local(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], given: Any) -> fx.GraphModule | None:
-    """The graph of a module's forward for calls with such arguments, as `Interpreter.trace_call` makes it; None where nothing was
-    found in it.
+    """The graph of a module's forward for calls with such arguments, as `Tracer.trace_call` makes it; None where it holds nothing
+    that runs fused.
 
     Raises:
         TraceError: where the forward stands in the way.
     """
-    interpreter = Interpreter(module, module.training, inplace)
-    interpreter.trace_call(args, kwargs, given)
-    if not _join(module, interpreter.graph, functions=True):
-        return None
-    for node in interpreter.graph.nodes:
-        # torch.fx doesn't trace this graph again. It would be told of these nodes by a function that holds all frames around it.
-        node.meta.pop("is_wrapped", None)
-    made = _module(module, interpreter.graph, interpreter.looked.of_itself(module), ())
-    made.graph.owning_module = None
-    return made
+    tracer = Tracer(module, module.training, rotary.stands_for)
+    tracer.trace_call(args, kwargs, given)
+    return _in_place(tracer) if _join(module, tracer.graph, functions=True) else None
 
 
-def of_function(function: FunctionType, count: int, **kwargs: Any) -> tuple[fx.Graph, Looked]:
-    """The graph of a function for calls with so many arguments and these keywords, and what was looked at.
+def beginning(
+    module: nn.Module, function: FunctionType, args: Sequence[Any], given: Any, count: int, names: Sequence[str]
+) -> fx.GraphModule | None:
+    """The graph of the first statements of a module's method, as `Tracer.trace_beginning` makes it; None where they don't compute
+    query, key and value as one call of ours does.
 
     Raises:
-        TraceError: where the function stands in the way.
+        TraceError: where a statement stands in the way.
     """
-    interpreter = Interpreter(nn.Module(), False, inplace)
-    interpreter.trace_function(function, count, kwargs)
-    return interpreter.graph, interpreter.looked
+    tracer = Tracer(module, module.training, rotary.stands_for)
+    tracer.trace_beginning(function, args, given, count, names)
+    _join(module, tracer.graph, functions=True)
+    return _in_place(tracer) if any([projections.is_call(node) for node in tracer.graph.nodes]) else None
+
+
+def _in_place(tracer: Tracer) -> fx.GraphModule:
+    for node in tracer.graph.nodes:
+        # torch.fx doesn't trace this graph again. It would be told of these nodes by a function that holds all frames around it.
+        node.meta.pop("is_wrapped", None)
+    made = _module(tracer.model, tracer.graph, tracer.looked.of_itself(tracer.model), ())
+    made.graph.owning_module = None
+    return made
 
 
 def _join(model: nn.Module, graph: fx.Graph, functions: bool = False) -> int:
     """Put a call in the place of each expression that is one of our functions, each row of layers, and each group around a gate;
     with `functions`, of each function of torch.nn.functional, too. How many there are."""
-    modules, calls = dict(model.named_modules(remove_duplicate=False)), Calls(run, inplace)
-    count = formulas.replace(Finder(graph, modules, calls))
-    finder = Finder(graph, modules, calls)
-    gates = list(gated_mlp.find(finder))
-    rows = list(finder.rows({node for gate in gates for node in gate}))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    count = formulas.replace(Finder(graph, modules, run))
+    finder = Finder(graph, modules, run)
+    turned = [node for node in graph.nodes if rotary.called_by(node) is not None]
+    gates, heads = list(gated_mlp.find(finder)), list(projections.find(finder))
+    rows = list(finder.rows({node for gate in gates for node in gate} | {n for one in heads for n in one.nodes}))
     for row in rows:
         finder.replace(row)
     for gate in gates:
         gated_mlp.replace(graph, gate, finder.order)
+    for one in heads:
+        projections.replace(graph, one, finder.order)
     formulas.take_integers(graph)
-    count += len(rows) + len(gates)
+    count += len(rows) + len(gates) + len(turned)
     return count + formulas.replace_functions(graph) if functions else count
 
 

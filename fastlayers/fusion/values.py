@@ -3,6 +3,8 @@ only known at a call."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -122,9 +124,28 @@ def unpack(value: Any, count: int) -> tuple[Any, ...]:
     return values
 
 
+def bound(function: Callable[..., Any], first: Any) -> Any:
+    """A function whose first argument is always the same. torch.fx asks what a graph calls for its name."""
+    made = functools.partial(function, first)
+    for name in ("__name__", "__qualname__", "__module__"):
+        setattr(made, name, getattr(function, name))
+    return made
+
+
+@has_side_effect
+def inplace(operation: str, *args: Any) -> Any:
+    """An operator that writes into its first operand: "iadd", "setitem", ..."""
+    return getattr(operator, operation)(*args)
+
+
 def join(*parts: Any) -> tuple[Any, ...]:
     """What (*a, *b, ...) is."""
     return tuple([value for part in parts for value in part])
+
+
+def attribute_of(owner: Any, name: str) -> Any:
+    """owner.name."""
+    return getattr(owner, name)
 
 
 def call_method(owner: Any, name: str, args: tuple[Any, ...]) -> Any:

@@ -353,6 +353,11 @@ def packed_rotary_projections(
     return _packed_rotary_projections((input, weight, bias, cos, sin), (*heads,), head_dim, interleaved)
 
 
+def dtype_after(input: torch.Tensor) -> torch.dtype:
+    """The dtype that a product of this input has, under autocast as it is now."""
+    return autocast.dtype_after(_linear, input)
+
+
 def rotary_layers(
     input: torch.Tensor, layers: Sequence[tuple[Any, Any]], cos: Any, sin: Any, head_dim: int, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

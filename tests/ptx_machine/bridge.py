@@ -45,6 +45,8 @@ def environment(folder: Path) -> dict[str, str]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     paths = {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
     marks = {"PTX_MACHINE": "1", "TRITON_STORE_BINARY_ONLY": "1"}  # of eight files for each kernel three are left
+    # Triton 3.6 doesn't ask `_keep_ptx` for a part of its keys, and would find machine code in the cache of everybody else.
+    marks["TRITON_CACHE_DIR"] = str(Path(knobs.cache.dir) / "ptx_machine")
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | threads | paths | marks
 
 
