@@ -104,7 +104,7 @@ def test_numbers_that_32_bits_do_not_hold_are_torchs_error(name: str, device: to
     x = torch.randn(1, 2, 5, 5, device=device)
     for stride in (2**31, 2**40):
         for space in (F, FL):
-            with pytest.raises(RuntimeError, match="overflow|out of range"):
+            with pytest.raises(RuntimeError, match=r"overflow|out of range"):
                 getattr(space, name)(x, 1, stride)
 
 
@@ -223,7 +223,7 @@ def test_resampling_to_the_same_size_is_a_copy(mode: str, align_corners: bool, d
 def test_a_factor_that_is_no_number_is_torchs_error(device: torch.device) -> None:
     for factor in (float("inf"), float("nan"), (2.0, float("inf"))):
         for space in (F, FL):
-            with pytest.raises(RuntimeError, match="overflow|out of range"):
+            with pytest.raises(RuntimeError, match=r"overflow|out of range"):
                 space.interpolate(torch.randn(1, 1, 3, 3, device=device), scale_factor=factor)
 
 

@@ -19,7 +19,7 @@ from ..ops import rotary_projections
 from . import plan, rotary
 from .rows import Finder
 from .state import MISSING
-from .values import bound
+from .values import bound, call_method
 
 __all__ = ["find", "is_call", "replace"]
 
@@ -37,8 +37,9 @@ class _Part(NamedTuple):
     transpose: fx.Node
 
     @property
-    def shape(self) -> tuple[Any, ...]:
-        return self.view.args[1:]
+    def shape(self) -> Any:
+        """What `view` is given."""
+        return self.view.args[2] if self.view.target is call_method else self.view.args[1:]
 
     @property
     def bounds(self) -> tuple[Any, Any]:
@@ -95,8 +96,10 @@ def _part(finder: Finder, node: Any) -> _Part | None:
     if not isinstance(node, fx.Node) or node.kwargs or node.target not in ("transpose", torch.transpose):
         return None
     view, *dims = node.args
-    exchanged = [*dims] in ([_HEADS, _POSITIONS], [_POSITIONS, _HEADS])
-    if not exchanged or not isinstance(view, fx.Node) or view.target not in ("view", "reshape") or view.kwargs:
+    if [*dims] not in ([_HEADS, _POSITIONS], [_POSITIONS, _HEADS]) or not isinstance(view, fx.Node) or view.kwargs:
+        return None
+    name = view.args[1] if view.target is call_method else view.target
+    if name not in ("view", "reshape"):
         return None
     source: Any = view.args[0]
     cut = source if _is_slice(source) else None
