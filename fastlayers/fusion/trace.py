@@ -34,10 +34,10 @@ def fuse(model: nn.Module) -> fx.GraphModule:
 
     A convolution, its BatchNorm (in eval, where no gradients are recorded), the addition of a residual (likewise) and ReLU
     become one kernel, and so do Linear and ReLU; Linear layers in a row are one function for autograd. So are the gated layers
-    of a transformer, `down(activation(gate(x)) * up(x))`, whose two inner products are one kernel. Sum, product and activation
-    may be operators, functions or methods of torch's. In training a Conv2d measures its result for the BatchNorm2d behind it, and
-    a dropout, the sum with a residual and its LayerNorm or RMSNorm are one kernel. What is fused is decided at every call, as in
-    a Sequential: a layer with a hook runs alone.
+    of a transformer, `down(activation(gate(x)) * up(x))`, whose two inner products are one kernel, and the projections to query,
+    key and value before rotary embedding. Sum, product and activation may be operators, functions or methods of torch's. In
+    training a Conv2d measures its result for the BatchNorm2d behind it, and a dropout, the sum with a residual and its LayerNorm
+    or RMSNorm are one kernel. What is fused is decided at every call, as in a Sequential: a layer with a hook runs alone.
 
     The result, a torch.fx.GraphModule, shares the model's modules, parameters and buffers: it trains as the model does, and
     state_dict is the same. Not shared are the hooks, attributes and methods of the model itself.
