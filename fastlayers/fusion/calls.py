@@ -215,7 +215,8 @@ def _beginning(code: types.CodeType, tree: ast.FunctionDef, sites: Sequence[_Sit
     named = code.co_argcount + code.co_kwonlyargcount
     any_number = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
     declares = any([isinstance(node, ast.Global | ast.Nonlocal) for node in ast.walk(tree)])
-    if not count or not code.co_argcount or declares:
+    # What a function has around it would be looked at by the graph, and so be kept.
+    if not count or not code.co_argcount or declares or {*code.co_freevars} - {"__class__"}:
         return None
     first, others = tree.body[:count], tree.body[count:]
     if _names(first) & {*code.co_varnames[named : named + any_number]}:

@@ -324,7 +324,7 @@ class Expressions:
         return self.interpreter.created([*self._comprehended(node.generators, lambda: self.value(node.elt))])
 
     def of_GeneratorExp(self, node: ast.GeneratorExp) -> Any:
-        return tuple(self._comprehended(node.generators, lambda: self.value(node.elt)))
+        return self.interpreter.as_tuple(self._comprehended(node.generators, lambda: self.value(node.elt)))
 
     def of_SetComp(self, node: ast.SetComp) -> Any:
         found = [*self._comprehended(node.generators, lambda: self.value(node.elt))]

@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 from collections import OrderedDict
-from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from .._state import own
 from . import allowed, plan, source
 from .expressions import Expressions, Refused
 from .objects import Objects
-from .state import MISSING, Looked, forward_of, found_on_class
+from .state import ATOMS, MISSING, Looked, forward_of, found_on_class
 from .statements import Frame
 from .values import (
     MUTABLE,
@@ -86,7 +86,7 @@ class Interpreter(Objects):
         self.read = []
         self.steps = self._depth = 0
         self._own: dict[int, Any] = {}
-        """Lists, dictionaries and sets that the forward itself has made."""
+        """Lists, dictionaries and sets that the forward itself has made, and tuples that stand for other objects."""
         self._given: set[fx.Node] = set()
 
     def _forward(self, module: nn.Module) -> types.FunctionType:
@@ -164,8 +164,8 @@ class Interpreter(Objects):
             return {key: self._argument(frame, node, v) for key, v in value.items()}
         if type(value) is range:
             return tuple(value)
-        kinds = (fx.Node, type(None), type(Ellipsis), bool, int, float, complex, str)
-        if isinstance(value, kinds) or is_opaque(value):
+        kinds = (type(None), type(Ellipsis), bool, int, float, complex, str)
+        if isinstance(value, fx.Node) or type(value) in kinds or is_opaque(value):
             return value
         if type(value) is OrderedDict:
             return self.note(frame, node, OrderedDict, ([*value.items()],))
@@ -195,6 +195,25 @@ class Interpreter(Objects):
         if isinstance(value, MUTABLE):
             self._own[id(value)] = value
         return value
+
+    def as_tuple(self, values: Iterable[Any]) -> tuple[Any, ...]:
+        """What an iterator or a view of a dictionary gives. In a graph's result it would be another object."""
+        found = tuple(values)
+        self._own[id(found)] = found
+        return found
+
+    def hands_on(self, values: Iterable[Any], seen: set[int]) -> bool:
+        """Whether a graph's result can hold values as they are, and holds no tuple in two places: it would be two."""
+        for value in values:
+            if type(value) is tuple:
+                if id(value) in self._own or id(value) in seen:
+                    return False
+                seen |= {id(value)} if value else set()
+                if not self.hands_on(value, seen):
+                    return False
+            elif not isinstance(value, fx.Node | Training) and type(value) not in ATOMS and not is_opaque(value):
+                return False
+        return True
 
     def editable(self, frame: Expressions, node: ast.AST, value: Any) -> None:
         if self._own.get(id(value)) is not value:
@@ -282,7 +301,7 @@ class Interpreter(Objects):
             return self.note(frame, node, function, args, kwargs)
         self._plain(frame, node, function, args, kwargs)
         value = function(*args, **kwargs)
-        return tuple(value) if isinstance(value, Iterator) else self.created(value)
+        return self.as_tuple(value) if isinstance(value, Iterator) else self.created(value)
 
     def _plain(self, frame: Expressions, node: ast.AST, function: Any, args: Any, kwargs: Any) -> None:
         """Refuse a call that could run code of anybody's: a comparison of objects, say."""
@@ -346,7 +365,7 @@ class Interpreter(Objects):
         if isinstance(owner, MUTABLE) and (compares or unknown or (kwargs and name != "update")):
             raise frame.refuse(node, f"hands to {name} what is only known at a call")
         value = function(*args, **kwargs)
-        return tuple(value) if isinstance(value, KeysView | ValuesView | ItemsView) else self.created(value)
+        return self.as_tuple(value) if isinstance(value, KeysView | ValuesView | ItemsView) else self.created(value)
 
     def parent(self, frame: Expressions, node: ast.AST) -> Parent:
         """super()."""

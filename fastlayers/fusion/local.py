@@ -66,8 +66,9 @@ class Graphs:
         """The values of some variables of a method after its first statements, which are computed by a graph; None where the
         statements are to run."""
         given = tuple([v if type(v) in _CONSTANT else _GIVEN for v in args])
-        graph = self._of_kind(module, (module.training, given, function, first))
-        return None if graph is None else self.run(graph, module, args)
+        graph = self._of_kind(module, (module.training, given, first), function)
+        usable = graph is not None and graph._of() is function and not graph._looked.late
+        return self.run(graph, module, args) if usable else None
 
     def run(self, graph: Any, module: nn.Module, args: Iterable[Any]) -> Any:
         """What a graph of this module's computes."""
@@ -80,7 +81,7 @@ class Graphs:
                 raise RuntimeError(f"{changed} is changed by a call and read in it, which a graph can't follow")
         return result
 
-    def _of_kind(self, module: nn.Module, kind: tuple[Any, ...]) -> Any:
+    def _of_kind(self, module: nn.Module, kind: tuple[Any, ...], function: FunctionType | None = None) -> Any:
         graph = self._found.get(kind, MISSING)
         if self._module is None or self._module() is not module:
             if self._module is not None:  # a shallow copy, whose parameters aren't those of the graphs
@@ -89,31 +90,37 @@ class Graphs:
         if graph is not MISSING and (graph is None or graph._looked.changed(module) is None):
             return graph
         with _lock:
-            return self._make(module, kind)
+            return self._make(module, kind, function)
 
-    def _make(self, module: nn.Module, kind: tuple[Any, ...]) -> Any:
+    def _make(self, module: nn.Module, kind: tuple[Any, ...], function: FunctionType | None) -> Any:
         if kind not in self._found and len(self._found) >= _KINDS:
             return None
-        if len(kind) == 4 and not rotary.is_unseen():  # then a function for rotary embedding isn't recognised
+        if function is not None and not rotary.is_unseen():  # then a function for rotary embedding isn't recognised
             return None
         self._changes[kind] = self._changes.get(kind, 0) + 1
-        self._found[kind] = _made(module, *kind[1:]) if self._changes[kind] <= _CHANGES else None
-        return self._found[kind]
+        _, args, others = kind
+        graph = _made(module, args, others, function) if self._changes[kind] <= _CHANGES else None
+        self._found[kind] = graph
+        return graph
 
     def give_up(self) -> None:
         """From now on the class's own forward runs, whatever it is called with."""
         self._found = dict.fromkeys(self._found)
 
 
-def _made(module: nn.Module, args: tuple[Any, ...], of: Any, first: calls.Beginning | None = None) -> Any:
-    """A graph in which something runs fused: of a module's forward, where `of` are its other arguments by name, or of the first
-    statements of a function. None where they can't be read, nothing is found, or names are none that Python's source can have."""
+def _made(module: nn.Module, args: tuple[Any, ...], others: Any, function: FunctionType | None = None) -> Any:
+    """A graph in which something runs fused: of a module's forward, where `others` are its arguments by name, or of the first
+    statements of a function, where `others` says which. None where they can't be read, nothing is found, or names are none that
+    Python's source can have."""
     try:
-        if first is None:
-            return trace.local(module, args, dict(of), _GIVEN)
-        return trace.beginning(module, of, args, _GIVEN, first.count, first.names)
+        if function is None:
+            return trace.local(module, args, dict(others), _GIVEN)
+        graph = trace.beginning(module, function, args, _GIVEN, others.count, others.names)
     except (TraceError, SyntaxError):
         return None
+    if graph is not None:  # weakly, since a function may hold anything
+        vars(graph)["_of"] = weakref.ref(function)
+    return graph
 
 
 @functools.cache

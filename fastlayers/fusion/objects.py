@@ -112,7 +112,7 @@ class Objects:
         elif is_known(owner) or is_opaque(owner):
             found = self._of_value(frame, node, owner, name)
         else:
-            found = self._of_object(frame, node, owner, name)
+            found = self._of_object(frame, node, owner, name, default is MISSING)
         if found is MISSING and default is MISSING:
             raise frame.refuse(node, f"{type(owner).__name__} has no {name}")
         return default if found is MISSING else found
@@ -190,17 +190,13 @@ class Objects:
             return MISSING
         return MethodOf(value, name) if isinstance(found, types.BuiltinMethodType) else found
 
-    def _of_object(self, frame: Expressions, node: ast.AST, owner: Any, name: str) -> Any:
+    def _of_object(self, frame: Expressions, node: ast.AST, owner: Any, name: str, must_exist: bool) -> Any:
         cls = type(owner)
         if cls is types.FunctionType and name == "__name__":
             return owner.__name__
-        if (
-            self.in_place
-            and cls.__getattribute__ not in _ORDINARY
-            and isinstance(cls.__getattribute__, types.FunctionType)
-        ):
-            # Written in Python by somebody, as of transformers' configurations: it is asked at every call, and may do anything.
-            self.looked.late = True
+        written = cls.__getattribute__ not in _ORDINARY and isinstance(cls.__getattribute__, types.FunctionType)
+        if self.in_place and written and must_exist:
+            # As of transformers' configurations: what it gives is asked at every call.
             return self.note(frame, node, bound(attribute_of, owner), (name,))
         if cls.__getattribute__ not in _ORDINARY or not hasattr(owner, "__dict__"):
             raise frame.refuse(node, f"reads {name} of a {cls.__name__}")

@@ -19,7 +19,7 @@ from ..ops import rotary_projections
 from . import plan, rotary
 from .rows import Finder
 from .state import MISSING
-from .values import bound, call_method
+from .values import bound, call_method, verify
 
 __all__ = ["find", "is_call", "replace"]
 
@@ -37,9 +37,10 @@ class _Part(NamedTuple):
     transpose: fx.Node
 
     @property
-    def shape(self) -> Any:
-        """What `view` is given."""
-        return self.view.args[2] if self.view.target is call_method else self.view.args[1:]
+    def method(self) -> tuple[str, Any]:
+        """`view` or `reshape`, and what it is given."""
+        _, *args = self.view.args
+        return (args[0], args[1]) if self.view.target is call_method else (str(self.view.target), tuple(args))  # type: ignore[return-value]
 
     @property
     def bounds(self) -> tuple[Any, Any]:
@@ -60,10 +61,12 @@ class Projections(NamedTuple):
 
 
 def find(finder: Finder) -> Iterator[Projections]:
-    """All of them in a graph."""
+    """All of them in a graph, none of whose nodes is in two."""
+    taken: set[fx.Node] = set()
     for node in finder.nodes:
         found = _found(finder, node)
-        if found is not None and _may_move(finder, found):
+        if found is not None and taken.isdisjoint(found.nodes) and _may_move(finder, found):
+            taken |= found.nodes
             yield found
 
 
@@ -74,13 +77,15 @@ def _found(finder: Finder, node: fx.Node) -> Projections | None:
     q, k = [_part(finder, one) for one in given[0][:2]]
     if q is None or k is None or q is k or any([len(part.transpose.users) > 1 for part in (q, k)]):
         return None
-    others = [part for part in _beside(finder, q) if part.transpose not in (q.transpose, k.transpose)]
+    others = [p for p in _beside(finder, q) if not any([rotary.called_by(user) for user in p.transpose.users])]
     if not others:
         return None
     parts = q, k, others[0]
     cut = {part.slice is not None for part in parts}
     same = all([part.layer.args[0] is q.layer.args[0] for part in parts])
-    fits = same and len(cut) == 1 and len({part.layer for part in parts}) == (1 if q.slice is not None else 3)
+    layers = {part.layer for part in parts}
+    alone = all([len(layer.users) == 3 // len(layers) for layer in layers])
+    fits = same and alone and len(cut) == 1 and len(layers) == (1 if q.slice is not None else 3)
     return Projections(node, parts) if fits else None
 
 
@@ -93,13 +98,12 @@ def _given(node: fx.Node) -> tuple[Sequence[Any], Any] | None:
 
 def _part(finder: Finder, node: Any) -> _Part | None:
     """What ends in this node, if it is a layer's result, or a part of one's, in heads."""
-    if not isinstance(node, fx.Node) or node.kwargs or node.target not in ("transpose", torch.transpose):
+    if not _calls(node, "transpose", torch.transpose):
         return None
     view, *dims = node.args
-    if [*dims] not in ([_HEADS, _POSITIONS], [_POSITIONS, _HEADS]) or not isinstance(view, fx.Node) or view.kwargs:
+    if [*dims] not in ([_HEADS, _POSITIONS], [_POSITIONS, _HEADS]) or not _calls(view, "view", "reshape", call_method):
         return None
-    name = view.args[1] if view.target is call_method else view.target
-    if name not in ("view", "reshape"):
+    if view.target is call_method and view.args[1] not in ("view", "reshape"):
         return None
     source: Any = view.args[0]
     cut = source if _is_slice(source) else None
@@ -110,9 +114,15 @@ def _part(finder: Finder, node: Any) -> _Part | None:
     return _Part(layer, cut, view, node)
 
 
+def _calls(node: Any, *targets: Any) -> bool:
+    """Whether it is a call of one of these functions, or of a tensor's method of this name, with arguments by place."""
+    is_call = isinstance(node, fx.Node) and node.op in ("call_function", "call_method")
+    return is_call and not node.kwargs and node.target in targets
+
+
 def _is_slice(node: Any) -> bool:
     """Whether it is `y[..., begin:end]`."""
-    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
+    if not _calls(node, operator.getitem):
         return False
     key = node.args[1]
     taken = key[1] if isinstance(key, tuple) and len(key) == 2 and key[0] is Ellipsis else None
@@ -133,14 +143,16 @@ def _beside(finder: Finder, part: _Part) -> Iterator[_Part]:
 
 
 def _may_move(finder: Finder, found: Projections) -> bool:
-    """Whether all of it may run where the rotary embedding stands."""
+    """Whether all of it may run where the rotary embedding stands. No other layer is called before, as it may get a hook, and
+    nothing is asserted, which comes after an error of a projection's."""
     nodes, end = found.nodes, finder.order[found.rotary]
     if any([finder.order[user] < end for user in found.parts[2].transpose.users]):
         return False
     begin = min([finder.order[node] for node in nodes])
     between = [node for node in finder.nodes[begin:end] if node not in nodes]
     last = max([finder.order[node] for node in nodes])
-    return last == end and not any([finder.writes(node, finder.called(nodes)) for node in between])
+    others = any([node.op == "call_module" or node.target is verify or finder.writes(node, []) for node in between])
+    return last == end and not others
 
 
 def replace(graph: fx.Graph, found: Projections, order: dict[fx.Node, int]) -> None:
@@ -156,8 +168,8 @@ def replace(graph: fx.Graph, found: Projections, order: dict[fx.Node, int]) -> N
         else:
             layers = graph.get_attr(str(parts[0].layer.target))
             target, how = run_packed, tuple([part.bounds for part in parts])
-        shapes = tuple([part.shape for part in parts])
-        args = parts[0].layer.args[0], layers, how, shapes, cos, sin, words
+        methods = tuple([part.method for part in parts])
+        args = parts[0].layer.args[0], layers, how, methods, cos, sin, words
         call = graph.call_function(bound(target, function), args)
         call.meta["is_wrapped"] = True  # as torch.fx.wrap: when the graph is traced again, the call stays one
         turned, value = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
@@ -180,7 +192,7 @@ def run(
     x: torch.Tensor,
     layers: Sequence[Any],
     turns: Sequence[int],
-    shapes: Sequence[Any],
+    methods: Sequence[tuple[str, Any]],
     cos: torch.Tensor,
     sin: torch.Tensor,
     words: dict[str, Any],
@@ -191,12 +203,12 @@ def run(
         function: for rotary embedding.
         layers: of query, key and value.
         turns: in which order the model calls them.
-        shapes: what the model gives to `view`, of query, key and value.
+        methods: `view` or `reshape`, and what it is given, for query, key and value.
         words: the function's other arguments.
     """
     if _may_join(layers):
         params = [(own(t, "weight", type(t)), own(t, "bias", type(t))) for t in layers]
-        found = _angles(function, x, [w.shape[0] for w, _ in params], shapes, cos, sin, words)
+        found = _angles(function, x, [w.shape[0] for w, _ in params], methods, cos, sin, words)
         if found is not None:
             angles, d = found
             y = plan.named(layers, rotary_projections.rotary_layers, x, params, *angles[:2], d, angles.interleaved)
@@ -204,7 +216,7 @@ def run(
                 return _as_the_function(y, angles)
     parts: list[Any] = [None] * 3
     for i in turns:
-        parts[i] = layers[i](x).view(*shapes[i]).transpose(_HEADS, _POSITIONS)
+        parts[i] = _in_heads(layers[i](x), *methods[i])
     q, k, v = parts
     return rotary.apply(function, q, k, cos, sin, **words), v
 
@@ -214,7 +226,7 @@ def run_packed(
     x: torch.Tensor,
     layer: Any,
     bounds: Sequence[tuple[Any, Any]],
-    shapes: Sequence[Any],
+    methods: Sequence[tuple[str, Any]],
     cos: torch.Tensor,
     sin: torch.Tensor,
     words: dict[str, Any],
@@ -227,7 +239,7 @@ def run_packed(
     if _may_join([layer]):
         weight, bias = own(layer, "weight", type(layer)), own(layer, "bias", type(layer))
         sizes = _sizes(bounds, weight.shape[0])
-        found = None if sizes is None else _angles(function, x, sizes, shapes, cos, sin, words)
+        found = None if sizes is None else _angles(function, x, sizes, methods, cos, sin, words)
         if found is not None and sizes is not None and sizes[1] == sizes[2]:
             (angles, d), heads = found, (sizes[0] // found[1], sizes[1] // found[1])
             function_of_ours, packed = rotary_projections.packed_rotary_layers, (weight, bias)
@@ -236,10 +248,13 @@ def run_packed(
                 return _as_the_function(y, angles)
     product = layer(x)
     q, k, v = [
-        product[..., begin:end].view(*shape).transpose(_HEADS, _POSITIONS)
-        for (begin, end), shape in zip(bounds, shapes, strict=True)
+        _in_heads(product[..., begin:end], *method) for (begin, end), method in zip(bounds, methods, strict=True)
     ]
     return rotary.apply(function, q, k, cos, sin, **words), v
+
+
+def _in_heads(product: torch.Tensor, method: str, shape: Any) -> torch.Tensor:
+    return getattr(product, method)(*shape).transpose(_HEADS, _POSITIONS)
 
 
 def _may_join(layers: Sequence[Any]) -> bool:
@@ -255,13 +270,13 @@ def _sizes(bounds: Sequence[tuple[Any, Any]], size: int) -> list[int] | None:
 
 
 def _angles(
-    function: Any, x: Any, sizes: Sequence[int], shapes: Sequence[Any], cos: Any, sin: Any, words: dict[str, Any]
+    function: Any, x: Any, sizes: Sequence[int], methods: Sequence[Any], cos: Any, sin: Any, words: dict[str, Any]
 ) -> tuple[rotary.Angles, int] | None:
     """What the kernel is given, and how many features a head has; None where the layers and the function are to run."""
     known = rotary.found(function)
-    if known is None or not all([isinstance(t, torch.Tensor) for t in (x, cos, sin)]) or x.dim() != 3:
+    if known is None or not all([isinstance(t, torch.Tensor) for t in (x, cos, sin)]) or x.dim() != 3 or not x.numel():
         return None
-    found = {_head_dim(shape, x, size) for shape, size in zip(shapes, sizes, strict=True)}
+    found = {_head_dim(shape, x, size) for (_, shape), size in zip(methods, sizes, strict=True)}
     (head_dim,) = found if len(found) == 1 else {0}
     if not head_dim:
         return None

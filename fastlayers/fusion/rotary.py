@@ -185,7 +185,7 @@ def _computes_case(function: Callable[..., Any], dim: Any, interleaved: bool, re
         results = function(q.transpose(1, heads), k.transpose(1, heads), *angles)
     except Exception:
         return case.turned < case.size
-    if not isinstance(results, tuple) or len(results) != 2:
+    if type(results) is not tuple or len(results) != 2:
         return False
     if not all([isinstance(y, torch.Tensor) and y.dim() == 4 and y.requires_grad for y in results]):
         return False

@@ -6,6 +6,8 @@ sum, too, as in the residual stream of a transformer: then the call has two resu
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -204,8 +206,7 @@ class Finder:
             return str(node.target).endswith("_") or not hasattr(torch.Tensor, str(node.target))
         if node.op == "call_function":
             known = node.target is not inplace and _home(node) in _KNOWN
-            name = getattr(node.target, "__name__", "_")
-            return not known or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+            return not known or getattr(node.target, "__name__", "_").endswith("_") or _writes_as_asked(node)
         return False
 
     def _draws(self, node: fx.Node) -> bool:
@@ -243,6 +244,28 @@ class Finder:
         if member.role == "add":
             return member.part, member.node.args[member.residual]
         return activation_part(member.node, member.part)
+
+
+_WRITING = {"inplace": (None, False), "out": (None,), "max_norm": (None,), "running_mean": (None,)}
+"""Arguments of functions that write only if they are given something else than this."""
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin function, which takes these by name alone
+        return None
+
+
+def _writes_as_asked(node: fx.Node) -> bool:
+    """Whether a call of a function, which writes into nothing by itself, is asked to."""
+    signature, given = _signature(node.target), node.kwargs  # type: ignore[arg-type]
+    try:
+        given = node.kwargs if signature is None else signature.bind(*node.args, **node.kwargs).arguments
+    except TypeError:  # it will raise an error
+        return True
+    return any([given.get(name, values[0]) not in values for name, values in _WRITING.items()])
 
 
 def _home(node: fx.Node) -> str:

@@ -131,13 +131,21 @@ def beginning(
     module: nn.Module, function: FunctionType, args: Sequence[Any], given: Any, count: int, names: Sequence[str]
 ) -> fx.GraphModule | None:
     """The graph of the first statements of a module's method, as `Tracer.trace_beginning` makes it; None where they don't compute
-    query, key and value as one call of ours does.
+    query, key and value as one call of ours does. One that has looked at something `late` isn't to be run: a layer that somebody
+    watches, or a module of somebody's, may change what is read after its call, while a part of the statements has run.
 
     Raises:
         TraceError: where a statement stands in the way.
     """
     tracer = Tracer(module, module.training, rotary.stands_for)
     tracer.trace_beginning(function, args, given, count, names)
+    if tracer.looked.late:
+        for layer in [
+            module.get_submodule(str(node.target)) for node in tracer.graph.nodes if node.op == "call_module"
+        ]:
+            tracer.placed(layer)
+            tracer.looked.forward(layer)
+        return _in_place(tracer)
     _join(module, tracer.graph, functions=True)
     return _in_place(tracer) if any([projections.is_call(node) for node in tracer.graph.nodes]) else None
 

@@ -17,7 +17,7 @@ from .expressions import Refused
 from .interpret import Interpreter
 from .state import ATOMS
 from .statements import Frame
-from .values import expects, has_mutable
+from .values import expects
 
 __all__ = ["Tracer"]
 
@@ -88,7 +88,7 @@ class Tracer(Interpreter):
             raise frame.refuse(_NOWHERE, "returns")
         missing = [name for name in names if name not in variables]
         values = tuple([variables[name] for name in names if name in variables])
-        if missing or has_mutable(values):  # a list would be a new one for each variable that holds it
+        if missing or not self.hands_on(values, set()):
             raise frame.refuse(_NOWHERE, "leaves variables that a graph can't hand on")
         self.graph.output(self._argument(frame, _NOWHERE, values))
 
