@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -137,14 +137,24 @@ def for_several_positions(q: Any, k: Any, cos: Any, sin: Any) -> Any:
     return apply_rotary(q, k, cos.squeeze(1), sin.squeeze(1))
 
 
+class Pair(NamedTuple):
+    q: Any
+    k: Any
+
+
+def with_a_name(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return Pair(*apply_rotary(q, k, cos, sin))
+
+
 @pytest.mark.parametrize(
     "function",
     [
-        without_query_gradient, without_angle_gradient, limited, without_nan, for_eight_features, for_several_positions,
+        with_a_name, without_query_gradient, without_angle_gradient, limited, without_nan, for_eight_features,
+        for_several_positions,
     ],
 )  # fmt: skip
 def test_functions_that_resemble_it(function: Any) -> None:
-    """They have other gradients, or the same numbers for some sizes alone."""
+    """They have other gradients, results of another type, or the same numbers for some sizes alone."""
     assert rotary.ours(function) is None
 
 

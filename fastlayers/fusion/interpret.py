@@ -203,12 +203,12 @@ class Interpreter(Objects):
         return found
 
     def hands_on(self, values: Iterable[Any], seen: set[int]) -> bool:
-        """Whether a graph's result can hold values as they are, and holds no tuple in two places: it would be two."""
+        """Whether a graph's result can hold values as they are. A tuple in it is a new one at every call and in every place."""
         for value in values:
             if type(value) is tuple:
-                if id(value) in self._own or id(value) in seen:
+                if id(value) in self._own or id(value) in seen or not has_node(value):
                     return False
-                seen |= {id(value)} if value else set()
+                seen.add(id(value))
                 if not self.hands_on(value, seen):
                     return False
             elif not isinstance(value, fx.Node | Training) and type(value) not in ATOMS and not is_opaque(value):
@@ -398,9 +398,9 @@ class Interpreter(Objects):
                 self.left = [left for left in self.left if not left.path.startswith(f"{path}.")]
                 if module._modules:
                     self.left.append(Left(path, type(module).__name__, str(refused)))
-        if not _is_known_layer(module) and has_mutable((*args, *kwargs.values())):
+        if not is_known_layer(module) and has_mutable((*args, *kwargs.values())):
             raise frame.refuse(node, f"hands a list to {path}, which may edit it")
-        self.looked.late |= not _is_known_layer(module)
+        self.looked.late |= not is_known_layer(module)
         arguments = tuple([self._argument(frame, node, v) for v in args])
         return self.graph.call_module(path, arguments, {k: self._argument(frame, node, v) for k, v in kwargs.items()})
 
@@ -437,7 +437,7 @@ class Interpreter(Objects):
         return x
 
 
-def _is_known_layer(module: nn.Module) -> bool:
+def is_known_layer(module: nn.Module) -> bool:
     """Whether its call changes nothing but its own buffers: it is torch's or ours, and nobody watches it."""
     return type(module).__module__.startswith(("torch.nn.modules.", "fastlayers.modules.")) and not plan.is_watched(
         module

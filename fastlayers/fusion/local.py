@@ -18,6 +18,7 @@ from torch.fx.proxy import TraceError
 
 from .._state import class_before
 from . import calls, plan, rotary, trace
+from .interpret import is_known_layer
 from .state import MISSING
 
 _CONSTANT = (type(None), bool, str)
@@ -67,8 +68,10 @@ class Graphs:
         statements are to run."""
         given = tuple([v if type(v) in _CONSTANT else _GIVEN for v in args])
         graph = self._of_kind(module, (module.training, given, first), function)
-        usable = graph is not None and graph._of() is function and not graph._looked.late
-        return self.run(graph, module, args) if usable else None
+        if graph is None or graph._of() is not function or plan.everyone_is_watched():
+            return None
+        known = all([is_known_layer(_at(module, path)) for path in graph._layers])
+        return self.run(graph, module, args) if known else None
 
     def run(self, graph: Any, module: nn.Module, args: Iterable[Any]) -> Any:
         """What a graph of this module's computes."""
@@ -121,6 +124,13 @@ def _made(module: nn.Module, args: tuple[Any, ...], others: Any, function: Funct
     if graph is not None:  # weakly, since a function may hold anything
         vars(graph)["_of"] = weakref.ref(function)
     return graph
+
+
+def _at(module: Any, path: list[str]) -> Any:
+    """The module of this path, if there is one."""
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 @functools.cache

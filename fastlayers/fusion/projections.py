@@ -19,7 +19,7 @@ from ..ops import rotary_projections
 from . import plan, rotary
 from .rows import Finder
 from .state import MISSING
-from .values import bound, call_method, verify
+from .values import bound, call_method, join, unpack, verify
 
 __all__ = ["find", "is_call", "replace"]
 
@@ -60,33 +60,38 @@ class Projections(NamedTuple):
         return {node for part in self.parts for node in part if node is not None} | {self.rotary}
 
 
-def find(finder: Finder) -> Iterator[Projections]:
-    """All of them in a graph, none of whose nodes is in two."""
+def find(finder: Finder, may_get_hooks: bool) -> Iterator[Projections]:
+    """All of them in a graph, none of whose nodes is in two.
+
+    Args:
+        may_get_hooks: whether the graph is still run when one of its layers has got a hook.
+    """
     taken: set[fx.Node] = set()
     for node in finder.nodes:
-        found = _found(finder, node)
-        if found is not None and taken.isdisjoint(found.nodes) and _may_move(finder, found):
-            taken |= found.nodes
-            yield found
+        for found in _candidates(finder, node):
+            if taken.isdisjoint(found.nodes) and _may_move(finder, found, may_get_hooks):
+                taken |= found.nodes
+                yield found
+                break
 
 
-def _found(finder: Finder, node: fx.Node) -> Projections | None:
+def _candidates(finder: Finder, node: fx.Node) -> Iterator[Projections]:
+    """What a node that turns query and key may be a part of. The value is any product that isn't turned."""
     given = _given(node)
     if given is None or given[1] not in (MISSING, _HEADS):
-        return None
+        return
     q, k = [_part(finder, one) for one in given[0][:2]]
     if q is None or k is None or q is k or any([len(part.transpose.users) > 1 for part in (q, k)]):
-        return None
-    others = [p for p in _beside(finder, q) if not any([rotary.called_by(user) for user in p.transpose.users])]
-    if not others:
-        return None
-    parts = q, k, others[0]
-    cut = {part.slice is not None for part in parts}
-    same = all([part.layer.args[0] is q.layer.args[0] for part in parts])
-    layers = {part.layer for part in parts}
-    alone = all([len(layer.users) == 3 // len(layers) for layer in layers])
-    fits = same and alone and len(cut) == 1 and len(layers) == (1 if q.slice is not None else 3)
-    return Projections(node, parts) if fits else None
+        return
+    for value in _beside(finder, q):
+        parts = q, k, value
+        layers = {part.layer for part in parts}
+        cut, inputs = {part.slice is not None for part in parts}, [part.layer.args[0] for part in parts]
+        same = len(cut) == 1 and all([x is inputs[0] for x in inputs])
+        alone = all([len(layer.users) == 3 // len(layers) for layer in layers])
+        is_turned = any([rotary.called_by(user) for user in value.transpose.users])
+        if same and alone and not is_turned and len(layers) == (1 if q.slice is not None else 3):
+            yield Projections(node, parts)
 
 
 def _given(node: fx.Node) -> tuple[Sequence[Any], Any] | None:
@@ -142,17 +147,41 @@ def _beside(finder: Finder, part: _Part) -> Iterator[_Part]:
                 break
 
 
-def _may_move(finder: Finder, found: Projections) -> bool:
-    """Whether all of it may run where the rotary embedding stands. No other layer is called before, as it may get a hook, and
-    nothing is asserted, which comes after an error of a projection's."""
+def _may_move(finder: Finder, found: Projections, may_get_hooks: bool) -> bool:
+    """Whether all of it may run where the rotary embedding stands: nothing in between writes into a tensor or raises an error of
+    its own. Where a layer may get a hook, which can do anything, nothing in between looks into a tensor, draws a random number or
+    is a layer either."""
     nodes, end = found.nodes, finder.order[found.rotary]
     if any([finder.order[user] < end for user in found.parts[2].transpose.users]):
         return False
-    begin = min([finder.order[node] for node in nodes])
+    begin, last = min([finder.order[node] for node in nodes]), max([finder.order[node] for node in nodes])
     between = [node for node in finder.nodes[begin:end] if node not in nodes]
-    last = max([finder.order[node] for node in nodes])
-    others = any([node.op == "call_module" or node.target is verify or finder.writes(node, []) for node in between])
-    return last == end and not others
+    if may_get_hooks:
+        return last == end and all([_describes(node) or _is_free(finder, node) for node in between])
+    called = finder.called(nodes)
+    return last == end and not any([node.target is verify or finder.writes(node, called) for node in between])
+
+
+_DESCRIBING = {
+    getattr, operator.getitem, tuple, join, unpack, "dim", "expand", "movedim", "narrow", "permute", "select", "size", "squeeze",
+    "transpose", "unsqueeze", "view",
+}  # fmt: skip
+"""Functions, and methods of tensors, that look at what a tensor is and not at what it holds."""
+
+
+def _describes(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr") or node.target in _DESCRIBING
+
+
+def _is_free(finder: Finder, node: Any) -> bool:
+    """Whether it is computed of sizes, numbers and constants alone."""
+    if node.op not in ("call_function", "call_method") or node.target is verify or finder.writes(node, []):
+        return False
+    is_size = node.target in ("dim", "size") or (node.target is getattr and node.args[1] in _SIZES)
+    return is_size or (not finder.draws(node) and all([_is_free(finder, one) for one in node.all_input_nodes]))
+
+
+_SIZES = ("device", "dtype", "ndim", "shape")
 
 
 def replace(graph: fx.Graph, found: Projections, order: dict[fx.Node, int]) -> None:

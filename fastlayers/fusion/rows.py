@@ -96,7 +96,7 @@ class Finder:
             between = self.nodes[self.order[last.node] + 1 : self.order[node]]
             called = self.called([m.node for m in (*row, member)])
             random = any([m.role == "dropout" for m in row])
-            if any([self.writes(n, called) or (random and self._draws(n)) for n in between]):
+            if any([self.writes(n, called) or (random and self.draws(n)) for n in between]):
                 break
             row.append(member)
             if len(last.node.users) > 1:
@@ -209,7 +209,7 @@ class Finder:
             return not known or getattr(node.target, "__name__", "_").endswith("_") or _writes_as_asked(node)
         return False
 
-    def _draws(self, node: fx.Node) -> bool:
+    def draws(self, node: fx.Node) -> bool:
         """Whether it might draw random numbers."""
         if node.op == "call_module":
             return plan.role(type(self.modules[str(node.target)])) in (None, "dropout")

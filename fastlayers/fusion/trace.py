@@ -131,23 +131,26 @@ def beginning(
     module: nn.Module, function: FunctionType, args: Sequence[Any], given: Any, count: int, names: Sequence[str]
 ) -> fx.GraphModule | None:
     """The graph of the first statements of a module's method, as `Tracer.trace_beginning` makes it; None where they don't compute
-    query, key and value as one call of ours does. One that has looked at something `late` isn't to be run: a layer that somebody
-    watches, or a module of somebody's, may change what is read after its call, while a part of the statements has run.
+    query, key and value as one call of ours does. It isn't to be run where one of the `_layers` that it calls, by path, is
+    watched or somebody's own: its call may change what is read after it, while a part of the statements has run.
 
     Raises:
         TraceError: where a statement stands in the way.
     """
     tracer = Tracer(module, module.training, rotary.stands_for)
     tracer.trace_beginning(function, args, given, count, names)
+    paths = [str(node.target) for node in tracer.graph.nodes if node.op == "call_module"]
     if tracer.looked.late:
-        for layer in [
-            module.get_submodule(str(node.target)) for node in tracer.graph.nodes if node.op == "call_module"
-        ]:
+        for layer in map(module.get_submodule, paths):
             tracer.placed(layer)
             tracer.looked.forward(layer)
-        return _in_place(tracer)
-    _join(module, tracer.graph, functions=True)
-    return _in_place(tracer) if any([projections.is_call(node) for node in tracer.graph.nodes]) else None
+    else:
+        _join(module, tracer.graph, functions=True, may_get_hooks=False)
+        if not any([projections.is_call(node) for node in tracer.graph.nodes]):
+            return None
+    made = _in_place(tracer)
+    vars(made)["_layers"] = [path.split(".") for path in paths]
+    return made
 
 
 def _in_place(tracer: Tracer) -> fx.GraphModule:
@@ -159,14 +162,14 @@ def _in_place(tracer: Tracer) -> fx.GraphModule:
     return made
 
 
-def _join(model: nn.Module, graph: fx.Graph, functions: bool = False) -> int:
+def _join(model: nn.Module, graph: fx.Graph, functions: bool = False, may_get_hooks: bool = True) -> int:
     """Put a call in the place of each expression that is one of our functions, each row of layers, and each group around a gate;
     with `functions`, of each function of torch.nn.functional, too. How many there are."""
     modules = dict(model.named_modules(remove_duplicate=False))
     count = formulas.replace(Finder(graph, modules, run))
     finder = Finder(graph, modules, run)
     turned = [node for node in graph.nodes if rotary.called_by(node) is not None]
-    gates, heads = list(gated_mlp.find(finder)), list(projections.find(finder))
+    gates, heads = list(gated_mlp.find(finder)), list(projections.find(finder, may_get_hooks))
     rows = list(finder.rows({node for gate in gates for node in gate} | {n for one in heads for n in one.nodes}))
     for row in rows:
         finder.replace(row)

@@ -93,6 +93,11 @@ class Tracer(Interpreter):
         self.graph.output(self._argument(frame, _NOWHERE, values))
 
     def _begin(self) -> Frame:
+        state = (*self.model._modules, *self.model._parameters, *self.model._buffers)
+        if taken := [name for name in state if hasattr(fx.GraphModule, name)]:
+            raise TraceError(
+                f"{taken[0]} of {type(self.model).__name__} has the name of an attribute of torch.fx.GraphModule's"
+            )
         forward = self._forward(self.model)
         self.looked.written(self.model)
         self.looked.global_hooks()
