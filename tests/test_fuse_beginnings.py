@@ -60,9 +60,10 @@ def test_first_statements(x: torch.Tensor, device: torch.device) -> None:
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
     ours.table["scale"] = theirs.table["scale"] = 5.0
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
-    ours.q_proj = theirs.q_proj = nn.Identity()  # type: ignore[assignment]
-    assert ops(ours, x) == [TURNED]
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
+    for other in (nn.Identity(), nn.ReLU(), nn.LayerNorm(WIDTH, device=device)):
+        ours.q_proj = theirs.q_proj = other  # type: ignore[assignment]
+        assert JOINED not in ops(ours, x)
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
     ours.q_proj = nn.Linear(WIDTH, SIZE + 1, device=device)
     with pytest.raises(RuntimeError):
         ours(x)

@@ -293,6 +293,17 @@ def test_hooks_of_children_are_called(name: str, device: torch.device) -> None:
     assert joins(model, x)
 
 
+@pytest.mark.parametrize("cls", [Mlp, Packed])
+@pytest.mark.parametrize("other", [fastlayers.nn.ReLU, lambda: fastlayers.nn.LayerNorm(40)])
+def test_a_layer_of_another_kind_in_its_place(cls: Any, other: Any, device: torch.device) -> None:
+    """Put there when the graph was made already."""
+    theirs, x = cls().to(device), torch.randn(3, 24, device=device)
+    model = fused(theirs)
+    assert joins(model, x)
+    model.down_proj = theirs.down_proj = other().to(device)
+    torch.testing.assert_close(model(x), theirs(x))
+
+
 def test_few_tiles_run_as_two_products(
     device: torch.device, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,7 +142,7 @@ def run(x: torch.Tensor, activation: Any, gate: Any, up: Any, down: Any, turns: 
     layers = (gate, activation, up, down)
     if not plan.everyone_is_watched():
         values: list[Any] = [plan.value(layer) for layer in layers]
-        if None not in values:
+        if _roles(values) == ["linear", "activation", "linear", "linear"]:
             params = [(own(t, "weight", type(t)), own(t, "bias", type(t))) for t in (gate, up, down)]
             y = plan.named(layers, gated_layers, x, *params, values[1].what)
             if y is not None:
@@ -170,7 +170,7 @@ def run_packed(x: torch.Tensor, activation: Any, both: Any, down: Any, gate_last
     layers = (both, activation, down)
     if not plan.everyone_is_watched():
         values: list[Any] = [plan.value(layer) for layer in layers]
-        if None not in values:
+        if _roles(values) == ["linear", "activation", "linear"]:
             params = [(own(t, "weight", type(t)), own(t, "bias", type(t))) for t in (both, down)]
             y = plan.named(layers, packed_gated_layers, x, *params, values[1].what, gate_last)
             if y is not None:
@@ -179,3 +179,8 @@ def run_packed(x: torch.Tensor, activation: Any, both: Any, down: Any, gate_last
     gate, up = (second, first) if gate_last else (first, second)
     gate = activation(gate)
     return down(up * gate if swapped else gate * up)
+
+
+def _roles(values: list[plan.Value | None]) -> list[str | None]:
+    """What layers stand for now: since the graph was made, others may have been put in their places."""
+    return [None if value is None else value.role for value in values]

@@ -287,8 +287,10 @@ def _in_heads(product: torch.Tensor, method: str, shape: Any) -> torch.Tensor:
 
 
 def _may_join(layers: Sequence[Any]) -> bool:
-    """Whether nobody would notice that these layers' calls are no calls."""
-    return not (is_dynamo_compiling() or plan.everyone_is_watched()) and None not in [plan.value(t) for t in layers]
+    """Whether these are Linear layers, and nobody would notice that their calls are no calls."""
+    if is_dynamo_compiling() or plan.everyone_is_watched():
+        return False
+    return all([value is not None and value.role == "linear" for value in map(plan.value, layers)])
 
 
 def _sizes(bounds: Sequence[tuple[Any, Any]], size: int) -> list[int] | None:
