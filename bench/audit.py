@@ -6,10 +6,10 @@ The launchers themselves run, on meta tensors, with a driver that compiles inste
 (alignment, sizes equal to 1, 64-bit offsets) is that of a real launch, and no argument list is written twice.
 
 Exit status 1 for what the interpreter accepts and the compiler rejects, for a spill (with another Triton than the one that
-compiled the committed rows: for more than 32), for a tile that does not fit into
-shared memory, on NVIDIA for an access narrower than 128 bits in a kernel that memory decides, and for a row that is worse
-than the committed one in bench/baseline.json: a new spill, lost matrix instructions or asynchronous copies, narrower
-accesses, a main loop longer by more than a tenth. `--update` rewrites that file.
+compiled the committed rows: for more than 32), for a tile that does not fit into shared memory, on NVIDIA for an access
+narrower than 128 bits in a kernel that memory decides, and for a row that is worse than the committed one in
+bench/baseline.json: a new spill, lost matrix instructions or asynchronous copies, narrower accesses, a main loop longer by more
+than a tenth. `--update` rewrites that file.
 
 Without `--full`, a representative part (`cases.representative`), which CI can afford. Never in a process with
 TRITON_INTERPRET=1. What comes out depends on the kernels and on the version of Triton alone, which brings its compiler
