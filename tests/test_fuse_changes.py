@@ -283,6 +283,25 @@ def test_names_that_no_source_can_have(name: str) -> None:
         fastlayers.fuse(model)
 
 
+class Taken(nn.Module):
+    """Has layers of the names of a graph's own attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph, self.meta = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.meta(F.relu(self.graph(x))))
+
+
+def test_names_that_a_graph_has_itself() -> None:
+    model, x = Taken(), torch.randn(3, 4)
+    expected = model(x)
+    torch.testing.assert_close(_fused(model)(x), expected)
+    with pytest.raises(TraceError, match="graph of Taken has the name"):
+        fastlayers.fuse(model)
+
+
 class Keywords(nn.Module):
     def __init__(self) -> None:
         super().__init__()

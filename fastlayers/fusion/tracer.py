@@ -4,12 +4,13 @@ function, or the first statements of a method."""
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import types
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from . import source
@@ -22,6 +23,12 @@ from .values import expects
 __all__ = ["Tracer"]
 
 _NOWHERE = ast.Pass()
+
+
+@functools.cache
+def _names_of_graphs() -> frozenset[str]:
+    """The names that a graph's module has itself, and couldn't have from a model."""
+    return frozenset((*dir(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))))
 
 
 class Tracer(Interpreter):
@@ -93,11 +100,11 @@ class Tracer(Interpreter):
         self.graph.output(self._argument(frame, _NOWHERE, values))
 
     def _begin(self) -> Frame:
-        state = (*self.model._modules, *self.model._parameters, *self.model._buffers)
-        if taken := [name for name in state if hasattr(fx.GraphModule, name)]:
-            raise TraceError(
-                f"{taken[0]} of {type(self.model).__name__} has the name of an attribute of torch.fx.GraphModule's"
-            )
+        for name in (*self.model._modules, *self.model._parameters, *self.model._buffers):
+            if name in _names_of_graphs():
+                raise TraceError(
+                    f"{name} of {type(self.model).__name__} has the name of an attribute of torch.fx.GraphModule's"
+                )
         forward = self._forward(self.model)
         self.looked.written(self.model)
         self.looked.global_hooks()
