@@ -70,11 +70,7 @@ def test_first_statements(x: torch.Tensor, device: torch.device) -> None:
 
 
 class Reaching(Layer):
-    """Whose first statements take what only the call has, or leave less than a graph gives."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way = way
+    """Whose first statements take what only the call has."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         other, found = args[0] if args else None, []
@@ -97,7 +93,7 @@ class Deleting(Layer):
 
 
 def test_variables_that_a_graph_cannot_give(x: torch.Tensor, device: torch.device) -> None:
-    for theirs in (Reaching("").to(device), Deleting().to(device)):
+    for theirs in (Reaching().to(device), Deleting().to(device)):
         ours, _ = fused(theirs)
         assert ops(ours, x) == [JOINED if isinstance(theirs, Deleting) else TURNED]
         assert_as_torch(ours, theirs, x)

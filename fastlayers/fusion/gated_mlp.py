@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from .._state import own
 from ..ops.gated_mlp import gated_layers, packed_gated_layers
 from . import plan
 from .activation import layer_of
+from .linear import params
 from .rows import Finder, activation_of, activation_part
 from .values import unpack
 
@@ -105,9 +105,7 @@ def _is_halving(node: fx.Node) -> bool:
 
 def _may_move(finder: Finder, found: Gated | Packed) -> bool:
     """Whether all of it may run where its last node stands."""
-    begin, end = min(finder.order[node] for node in found), finder.order[found.down]
-    between = [node for node in finder.nodes[begin:end] if node not in found]
-    return not any([finder.writes(node, finder.called(found)) for node in between])
+    return not any([finder.writes(node, finder.called(found)) for node in finder.between(found)])
 
 
 def replace(graph: fx.Graph, found: Gated | Packed, order: dict[fx.Node, int]) -> None:
@@ -140,13 +138,11 @@ def run(x: torch.Tensor, activation: Any, gate: Any, up: Any, down: Any, turns: 
     """
     activation = layer_of(activation)
     layers = (gate, activation, up, down)
-    if not plan.everyone_is_watched():
-        values: list[Any] = [plan.value(layer) for layer in layers]
-        if _roles(values) == ["linear", "activation", "linear", "linear"]:
-            params = [(own(t, "weight", type(t)), own(t, "bias", type(t))) for t in (gate, up, down)]
-            y = plan.named(layers, gated_layers, x, *params, values[1].what)
-            if y is not None:
-                return y
+    values = plan.values(layers, ("linear", "activation", "linear", "linear"))
+    if values is not None:
+        y = plan.named(layers, gated_layers, x, params(gate), params(up), params(down), values[1].what)
+        if y is not None:
+            return y
     if turns == "gate up activation":
         first, other = gate(x), up(x)
         first = activation(first)
@@ -168,19 +164,12 @@ def run_packed(x: torch.Tensor, activation: Any, both: Any, down: Any, gate_last
     """
     activation = layer_of(activation)
     layers = (both, activation, down)
-    if not plan.everyone_is_watched():
-        values: list[Any] = [plan.value(layer) for layer in layers]
-        if _roles(values) == ["linear", "activation", "linear"]:
-            params = [(own(t, "weight", type(t)), own(t, "bias", type(t))) for t in (both, down)]
-            y = plan.named(layers, packed_gated_layers, x, *params, values[1].what, gate_last)
-            if y is not None:
-                return y
+    values = plan.values(layers, ("linear", "activation", "linear"))
+    if values is not None:
+        y = plan.named(layers, packed_gated_layers, x, params(both), params(down), values[1].what, gate_last)
+        if y is not None:
+            return y
     first, second = both(x).chunk(2, -1)
     gate, up = (second, first) if gate_last else (first, second)
     gate = activation(gate)
     return down(up * gate if swapped else gate * up)
-
-
-def _roles(values: list[plan.Value | None]) -> list[str | None]:
-    """What layers stand for now: since the graph was made, others may have been put in their places."""
-    return [None if value is None else value.role for value in values]

@@ -52,7 +52,6 @@ _COMPARING = {"add", "count", "discard", "index", "remove"}
 _STRUCTURE = (len, tuple, list, dict, zip, enumerate, reversed, slice)
 """Functions that don't look at the elements of what they are given."""
 _DEPTH = 40
-_NOWHERE = ast.Pass()
 
 
 class Left(NamedTuple):

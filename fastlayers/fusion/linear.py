@@ -11,22 +11,26 @@ from .._state import own
 from ..ops.linear import linear, linear_chain
 from .plan import Pattern, Role, Value, register_role, run_alone
 
-__all__ = ["PATTERNS"]
+__all__ = ["PATTERNS", "params"]
+
+
+def params(layer: Any) -> tuple[Any, Any]:
+    """Weight and bias of a Linear."""
+    return own(layer, "weight", type(layer)), own(layer, "bias", type(layer))
 
 
 def _run(x: torch.Tensor, layers: Sequence[Any], values: Sequence[Value]) -> torch.Tensor:
     if not all([layer.takes(x) for layer in layers[:1] if type(layer) is Transposed]):
         return run_alone(x, layers)
-    params: list[Any] = []
+    given: list[Any] = []
     activations: list[Any] = []
     for layer, value in zip(layers, values, strict=True):
         if value.role == "linear":
-            written = type(layer) is Transposed
-            params += layer.params if written else (own(layer, "weight", type(layer)), own(layer, "bias", type(layer)))
+            given += layer.params if type(layer) is Transposed else params(layer)
             activations.append(None)
         else:
             activations[-1] = value.what
-    y = linear_chain(x, params, tuple(activations))
+    y = linear_chain(x, given, tuple(activations))
     return run_alone(x, layers) if y is None else y
 
 

@@ -146,6 +146,15 @@ def value(layer: Any) -> Value | None:
     return None if entry.is_module and is_watched(layer) else entry.role.value(layer)
 
 
+def values(layers: Sequence[Any], roles: Sequence[str]) -> list[Value] | None:
+    """What layers stand for, if they may be joined now and have these roles; else None. Others may have been put in their places
+    since a graph was made."""
+    if everyone_is_watched():
+        return None
+    found = [value(layer) for layer in layers]
+    return found if [None if v is None else v.role for v in found] == [*roles] else None  # type: ignore[return-value]
+
+
 def is_watched(module: Any) -> bool:
     """Whether somebody could tell that this module's __call__ wasn't called: a hook, a compiled call, or a forward of its own, as
     some replace it on a single instance. Global hooks apart."""

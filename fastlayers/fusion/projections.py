@@ -14,9 +14,9 @@ import torch
 from torch import fx
 from torch.compiler import is_dynamo_compiling
 
-from .._state import own
 from ..ops import rotary_projections
 from . import plan, rotary
+from .linear import params
 from .rows import Finder
 from .state import MISSING
 from .values import bound, call_method, join, unpack, verify
@@ -154,12 +154,13 @@ def _may_move(finder: Finder, found: Projections, may_get_hooks: bool) -> bool:
     nodes, end = found.nodes, finder.order[found.rotary]
     if any([finder.order[user] < end for user in found.parts[2].transpose.users]):
         return False
-    begin, last = min([finder.order[node] for node in nodes]), max([finder.order[node] for node in nodes])
-    between = [node for node in finder.nodes[begin:end] if node not in nodes]
+    between = finder.between(nodes)
+    if max([finder.order[node] for node in nodes]) > end:
+        return False
     if may_get_hooks:
-        return last == end and all([_describes(node) or _is_free(finder, node) for node in between])
+        return all([_describes(node) or _is_free(finder, node) for node in between])
     called = finder.called(nodes)
-    return last == end and not any([node.target is verify or finder.writes(node, called) for node in between])
+    return not any([node.target is verify or finder.writes(node, called) for node in between])
 
 
 _DESCRIBING = {
@@ -236,11 +237,11 @@ def run(
         words: the function's other arguments.
     """
     if _may_join(layers):
-        params = [(own(t, "weight", type(t)), own(t, "bias", type(t))) for t in layers]
-        found = _angles(function, x, [w.shape[0] for w, _ in params], methods, cos, sin, words)
+        given = [params(layer) for layer in layers]
+        found = _angles(function, x, [weight.shape[0] for weight, _ in given], methods, cos, sin, words)
         if found is not None:
             angles, d = found
-            y = plan.named(layers, rotary_projections.rotary_layers, x, params, *angles[:2], d, angles.interleaved)
+            y = plan.named(layers, rotary_projections.rotary_layers, x, given, *angles[:2], d, angles.interleaved)
             if y is not None:
                 return _as_the_function(y, angles)
     parts: list[Any] = [None] * 3
@@ -266,13 +267,13 @@ def run_packed(
         bounds: of query, key and value, where they begin and end.
     """
     if _may_join([layer]):
-        weight, bias = own(layer, "weight", type(layer)), own(layer, "bias", type(layer))
-        sizes = _sizes(bounds, weight.shape[0])
+        given = params(layer)
+        sizes = _sizes(bounds, given[0].shape[0])
         found = None if sizes is None else _angles(function, x, sizes, methods, cos, sin, words)
         if found is not None and sizes is not None and sizes[1] == sizes[2]:
             (angles, d), heads = found, (sizes[0] // found[1], sizes[1] // found[1])
-            function_of_ours, packed = rotary_projections.packed_rotary_layers, (weight, bias)
-            y = plan.named([layer], function_of_ours, x, packed, *angles[:2], heads, d, angles.interleaved)
+            joined = rotary_projections.packed_rotary_layers
+            y = plan.named([layer], joined, x, given, *angles[:2], heads, d, angles.interleaved)
             if y is not None:
                 return _as_the_function(y, angles)
     product = layer(x)
@@ -288,9 +289,7 @@ def _in_heads(product: torch.Tensor, method: str, shape: Any) -> torch.Tensor:
 
 def _may_join(layers: Sequence[Any]) -> bool:
     """Whether these are Linear layers, and nobody would notice that their calls are no calls."""
-    if is_dynamo_compiling() or plan.everyone_is_watched():
-        return False
-    return all([value is not None and value.role == "linear" for value in map(plan.value, layers)])
+    return not is_dynamo_compiling() and plan.values(layers, ["linear"] * len(layers)) is not None
 
 
 def _sizes(bounds: Sequence[tuple[Any, Any]], size: int) -> list[int] | None:

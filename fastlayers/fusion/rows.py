@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +190,11 @@ class Finder:
         if role == "activation" and activation_of(node) is not None:
             return True
         return node.op == "call_module" and self._role(node) == role
+
+    def between(self, nodes: Collection[fx.Node]) -> list[fx.Node]:
+        """The other nodes from the first to the last of these."""
+        places = [self.order[node] for node in nodes]
+        return [node for node in self.nodes[min(places) : max(places)] if node not in nodes]
 
     def called(self, nodes: Iterable[fx.Node]) -> list[nn.Module]:
         """The modules that these nodes call."""

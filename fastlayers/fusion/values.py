@@ -144,7 +144,7 @@ def join(*parts: Any) -> tuple[Any, ...]:
 
 
 def attribute_of(owner: Any, name: str) -> Any:
-    """owner.name."""
+    """owner.name; not by getattr itself, which torch.fx writes as an attribute of the first argument."""
     return getattr(owner, name)
 
 

@@ -105,7 +105,7 @@ class RotaryProjections(Operation):
         if cos.dim() not in (2, 3) or cos.shape != sin.shape:
             return _DIMENSIONS
         shape = (x.shape[0], 0, x.shape[1], options.head_dim)
-        return angles_unsupported(cos, sin, shape, autocast.dtype_after(_linear, x))
+        return angles_unsupported(cos, sin, shape, dtype_after(x))
 
     def sizes(self, t: Any, options: Any) -> tuple[int, ...]:
         """How many features query, key and value have."""
